@@ -23,6 +23,7 @@ import logging
 import math
 import os
 import platform
+import shutil
 import signal
 import sys
 import time
@@ -141,7 +142,7 @@ class Coder(nn.Module):
 DEFAULT_DATASET, DEFAULT_SUBSET = "HuggingFaceFW/fineweb", "sample-10BT"
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # suffix -> builder of `datasets`
 HELD_OUT = 10  # every 10th document is for eval.py alone
-SHUFFLE_ROWS = 1024
+SHUFFLE_ROWS = 2048  # rows to draw from: neighbours share their subject, and steps of strangers reach an FVU 15% lower
 
 
 class InputError(Exception):
@@ -344,18 +345,29 @@ class MLPActivations:
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
 
-DEFAULT_TOKENS = 20_000_000
-DEAD_AFTER = 20  # a latent is dead that was silent for this part of the tokens
-
-WARM_UP = 0.05  # share of the tokens over which the learning rate rises
-DECAY = 0.2  # share of the tokens over which it falls to zero at the end
+# The recipe, found by measurement (README, "Recipe"): all of it is relative to the number of tokens to train on.
+DEFAULT_TOKENS = 50_000_000
+WARM_UP, DECAY = 0.05, 0.5  # shares of the tokens over which the learning rate rises at the start, falls at the end
+BETAS = (0.9, 0.98)  # Adam's; the usual 0.999 remembers a thousand steps, half of a short run
+DEAD = 0.02  # a latent is dead once it was silent for this share of the tokens
+WAKE = 0.03  # what a dead latent's bias gains per step until it fires, in standard deviations of pre-activations
 LOG_EVERY, SAVE_EVERY = 5, 300  # seconds
+
+
+def default_rows(tokens: int, ctx_len: int) -> int:
+    """Rows in a step: 1,024 tokens for a run of 2M, growing with the square root of the run."""
+    return max(1, round(1024 * math.sqrt(tokens / 2e6) / ctx_len))
+
+
+def default_lr(tokens: int) -> float:
+    """Adam's learning rate: 1.5e-3 for a run of 2M tokens, falling with the fourth root of the run."""
+    return 1.5e-3 * (2e6 / tokens) ** 0.25
 
 
 class Trainer:
     """A coder, its optimizer, how long each latent has been silent, and the squared error since the last report."""
 
-    def __init__(self, coder: Coder, x: Tensor, y: Tensor, lr: float, auxk_alpha: float, dead_after: int):
+    def __init__(self, coder: Coder, x: Tensor, y: Tensor, lr: float, auxk_alpha: float, dead_after: float):
         """x, y [N, d]: a first batch, which sets where the coder starts; `dead_after`: tokens of silence."""
         self.coder, self.lr, self.auxk_alpha, self.dead_after = coder, lr, auxk_alpha, dead_after
         (x_mean, x_scale), (y_mean, y_scale) = mean_and_scale(x), mean_and_scale(y)
@@ -365,16 +377,16 @@ class Trainer:
             coder.encoder.bias.data = -(coder.encoder.weight.data @ x_mean)  # [M, d] @ [d] -> [M]
         # Adam moves each number by about lr whatever its gradient, so each parameter needs its lr in its own units: the
         # scales of x and y differ by orders of magnitude from layer to layer and from model to model
-        z_scale = y_scale if coder.arch == "sae" else x_scale  # as the rows of W_enc are unit vectors
+        self.z_scale = y_scale if coder.arch == "sae" else x_scale  # of pre-activations: W_enc has unit rows
         units = {
             "encoder.weight": 1.0,
-            "encoder.bias": z_scale,
-            "W_dec": y_scale / z_scale,
+            "encoder.bias": self.z_scale,
+            "W_dec": y_scale / self.z_scale,
             "b_dec": y_scale,
             "W_skip": y_scale / x_scale,
         }
         groups = [{"params": [p], "unit": units[name]} for name, p in coder.named_parameters()]
-        self.optimizer = torch.optim.Adam(groups, lr=lr, fused=True)
+        self.optimizer = torch.optim.Adam(groups, lr=lr, betas=BETAS, fused=True)
         self.silent = torch.zeros(len(coder.W_dec), dtype=torch.int64, device=x.device)  # [M] tokens since last active
         self.squared_error = torch.zeros((), device=x.device)
 
@@ -405,6 +417,7 @@ class Trainer:
         self.optimizer.step()
         if coder.arch == "sae":
             coder.W_dec.data = F.normalize(coder.W_dec.data)
+        coder.encoder.bias.data[dead] += WAKE * self.z_scale * lr_factor
 
     def auxk_loss(self, x: Tensor, y: Tensor, error: Tensor, dead: Tensor) -> Tensor:
         """Squared error of the dead latents at predicting what the others left over (Gao et al. 2024, appendix A.2).
@@ -444,16 +457,6 @@ def mean_and_scale(a: Tensor) -> tuple[Tensor, float]:
     """mean(a) [d] and the root mean square of the entries of a - mean(a), a [N, d]."""
     mean, variance = mean_and_variance(a)
     return mean, (variance / (a.numel() * world_size())).sqrt().item()
-
-
-def default_rows(tokens: int, ctx_len: int) -> int:
-    """Rows in a step."""
-    return 8
-
-
-def default_lr(tokens: int, d: int) -> float:
-    """Adam's learning rate."""
-    return 3e-3
 
 
 def lr_schedule(done: float) -> float:
@@ -500,11 +503,11 @@ def train(args: argparse.Namespace) -> int:
     step_tokens = args.batch_size * (args.ctx_len - 1)
     steps = math.ceil(args.tokens / step_tokens)
     trainers = {}
-    lr = args.lr or default_lr(steps * step_tokens, d)
+    lr = args.lr or default_lr(steps * step_tokens)
     for arch in args.arch:
         coder = Coder(arch, d, num_latents, args.k, args.seed).to(device)
         coder.matmul_dtype = dtype
-        trainers[arch] = Trainer(coder, x, y, lr, args.auxk_alpha, args.tokens // DEAD_AFTER)
+        trainers[arch] = Trainer(coder, x, y, lr, args.auxk_alpha, DEAD * args.tokens)
 
     config = {name: str(value) if isinstance(value, (Path, torch.device)) else value for name, value in vars(args).items()}
     config |= {"hookpoint": hookpoint, "d": d, "num_latents": num_latents, "lr": lr, "matmul_dtype": str(dtype)[6:]}
@@ -569,6 +572,9 @@ def train(args: argparse.Namespace) -> int:
     if rank == 0:
         how = f"stopped by {signal.Signals(stop[0]).name}" if stop else "done"
         print(f"{how} after {tokens:,} tokens, saved to {out}; next: python eval.py {out}")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
     return 128 + stop[0] if stop else 0
 
 
@@ -590,8 +596,8 @@ def write(path: Path, content: str | dict[str, Tensor]):
 
 def save_run(out: Path, config: dict, coders: list[Coder]):
     """Write config.json and, per coder, <arch>/<hookpoint>/, a folder that EleutherAI's `sparsify` loads as it is."""
-    for coder in coders:
-        folder = out / coder.arch / config["hookpoint"]
+    folders = {out / coder.arch / config["hookpoint"]: coder for coder in coders}
+    for folder, coder in folders.items():
         write(folder / "sae.safetensors", {name: p.detach().cpu().contiguous() for name, p in coder.named_parameters()})
         cfg = {
             "activation": "topk",
@@ -606,6 +612,9 @@ def save_run(out: Path, config: dict, coders: list[Coder]):
         }
         write(folder / "cfg.json", json.dumps(cfg, indent=2) + "\n")
     write(out / "config.json", json.dumps(config, indent=2) + "\n")
+    for cfg in out.glob("*/*/cfg.json"):  # coders of the run that this one replaces
+        if cfg.parent not in folders:
+            shutil.rmtree(cfg.parent.parent if cfg.parent.parent.name not in config["arch"] else cfg.parent)
 
 
 def check_out(out: Path, overwrite: bool):
@@ -723,7 +732,7 @@ def main():
             dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
         args.device = pick_device(args.device)
         args.subset = args.subset or (DEFAULT_SUBSET if args.dataset == DEFAULT_DATASET else None)
-        args.batch_size = args.batch_size or default_rows(args.tokens, args.ctx_len)
+        args.batch_size = args.batch_size or default_rows(args.tokens, args.ctx_len * world_size()) * world_size()
         args.out = Path(args.out or f"runs/{Path(args.model).resolve().name}-layer{args.layer}")
         sys.exit(train(args))
     except InputError as error:

@@ -1,0 +1,47 @@
+"""What the tests share: a tiny trained GPT-2 with its text, a device, and a way to run the scripts as a user does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+
+import tiny_gpt2  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with a trained GPT-2 of 3 blocks, d 32, vocabulary 512 and context 32, and its text.jsonl."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tiny_gpt2.make(folder, vocab_size=512, layers=3, d=32, heads=2, ctx_len=32, steps=150, batch_size=16, max_documents=400)
+    return folder
+
+
+def run(script: str, *args, **env) -> subprocess.CompletedProcess:
+    """Run `python script args` in a process of its own, on the CPU and with one thread."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | env
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory) -> Path:
+    """A run directory: all three coders, trained for a moment on layer 1 of the tiny model."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    done = run(
+        "skipcoder.py", "--model", tiny, "--dataset", tiny / "text.jsonl", "--layer", 1, "--expansion", 8, "--k", 4,
+        "--ctx-len", 32, "--tokens", 30_000, "--batch-size", 16, "--out", out,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return out

@@ -1,0 +1,234 @@
+"""Training as a user runs it: what is printed and written, what a signal or a bad learning rate leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, run
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from skipcoder import ARCHS, InputError, MLPActivations, find_mlp, load_run
+
+
+def flags(tiny, out, *more):
+    base = ["--model", tiny, "--dataset", tiny / "text.jsonl", "--layer", 1, "--expansion", 8, "--k", 4, "--ctx-len", 32]
+    return [*base, "--batch-size", 16, "--tokens", 6000, "--out", out, *more]
+
+
+def test_run_directory(trained, tiny):
+    config = json.loads((trained / "config.json").read_text())
+    assert config["hookpoint"] == "h.1.mlp" and config["arch"] == list(ARCHS) and config["seed"] == 0
+    assert config["num_latents"] == 256 and config["d"] == 32 and config["tokens_trained"] >= 30_000
+    assert set(config["versions"]) == {"torch", "transformers", "datasets", "python"}
+    log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    for line in log:
+        assert set(line) == {"tokens", "tokens_per_s", "fvu", "dead"} and set(line["fvu"]) == set(line["dead"]) == set(ARCHS)
+    assert log[-1]["tokens"] == config["tokens_trained"] and log[-1]["tokens_per_s"] > 0
+    assert all(0 < fvu < 0.8 for fvu in log[-1]["fvu"].values())
+    assert not list(trained.rglob("*.tmp"))
+    for arch in ARCHS:
+        folder = trained / arch / "h.1.mlp"
+        shapes = {name: tuple(tensor.shape) for name, tensor in load_file(folder / "sae.safetensors").items()}
+        expected = {"encoder.weight": (256, 32), "encoder.bias": (256,), "W_dec": (256, 32), "b_dec": (32,)}
+        assert shapes == expected | ({"W_skip": (32, 32)} if arch == "skip_transcoder" else {})
+        assert json.loads((folder / "cfg.json").read_text()) == {
+            "activation": "topk", "expansion_factor": 8, "normalize_decoder": arch == "sae", "num_latents": 256, "k": 4,
+            "multi_topk": False, "skip_connection": arch == "skip_transcoder", "transcode": arch != "sae", "d_in": 32,
+        }  # fmt: skip
+
+
+def test_saved_coders_predict_what_the_file_format_says(trained):
+    """y_hat from the files alone, with the equations that EleutherAI's sparsify computes for these cfg.json."""
+    _, coders = load_run(trained)
+    x, y = torch.randn(2, 50, 32)
+    for arch, coder in coders.items():
+        folder = trained / arch / "h.1.mlp"
+        p, cfg = load_file(folder / "sae.safetensors"), json.loads((folder / "cfg.json").read_text())
+        pre = (x if cfg["transcode"] else y - p["b_dec"]) @ p["encoder.weight"].T + p["encoder.bias"]
+        top = pre.relu().topk(cfg["k"])
+        expected = torch.zeros_like(pre).scatter(1, top.indices, top.values) @ p["W_dec"] + p["b_dec"]
+        if cfg["skip_connection"]:
+            expected += x @ p["W_skip"].T
+        torch.testing.assert_close(coder(x, y).y_hat, expected, rtol=1e-4, atol=1e-5)
+        if arch == "sae":
+            torch.testing.assert_close(p["W_dec"].norm(dim=1), torch.ones(256))
+
+
+def test_what_is_printed(tiny, tmp_path):
+    done = run("skipcoder.py", *flags(tiny, tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    for word in ("model", "hookpoint  h.1.mlp", "M 256", "k 4", "device     cpu", "6,", str(tmp_path / "run"), "eval.py"):
+        assert word in done.stdout
+    last = done.stderr.replace("\r", "\n").strip().splitlines()[-1]
+    assert "tok/s" in last and all(arch in last for arch in ARCHS) and "FVU" in last and "dead" in last
+
+
+def test_a_coder_does_not_depend_on_its_neighbours(tiny, tmp_path):
+    """The same seed and data give the same weights, whichever coders are trained beside it."""
+    assert run("skipcoder.py", *flags(tiny, tmp_path / "all")).returncode == 0
+    assert run("skipcoder.py", *flags(tiny, tmp_path / "one"), "--arch", "skip_transcoder").returncode == 0
+    assert [p.name for p in (tmp_path / "one").iterdir() if p.is_dir()] == ["skip_transcoder"]
+    alone, beside = (
+        load_file(tmp_path / run_dir / "skip_transcoder/h.1.mlp/sae.safetensors") for run_dir in ("one", "all")
+    )
+    for name in alone:
+        assert torch.equal(alone[name], beside[name]), name
+    assert run("skipcoder.py", *flags(tiny, tmp_path / "two"), "--arch", "skip_transcoder", "--seed", 1).returncode == 0
+    other = load_file(tmp_path / "two/skip_transcoder/h.1.mlp/sae.safetensors")
+    assert not torch.equal(alone["W_dec"], other["W_dec"])
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_what_there_is(tiny, tmp_path, number, code):
+    command = [sys.executable, ROOT / "skipcoder.py", *flags(tiny, tmp_path / "run", "--tokens", "1e9")]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(
+        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
+    )
+    deadline = time.time() + 60
+    while not (tmp_path / "run/log.jsonl").exists() or (tmp_path / "run/log.jsonl").stat().st_size == 0:
+        assert time.time() < deadline and process.poll() is None, "training did not start"
+        time.sleep(0.1)
+    os.killpg(process.pid, number)  # as a terminal does: to every process of the group
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == code, stderr
+    assert "Traceback" not in stderr
+    assert f"stopped by {number.name}" in stdout.splitlines()[-1] and str(tmp_path / "run") in stdout.splitlines()[-1]
+    config, coders = load_run(tmp_path / "run")
+    assert set(coders) == set(ARCHS) and 0 < config["tokens_trained"] < 1e9
+    assert all(p.isfinite().all() for coder in coders.values() for p in coder.parameters())
+
+
+def test_killed_at_any_moment_leaves_whole_files(tiny, tmp_path, monkeypatch):
+    """SIGKILL while it saves at every step: what is there can be loaded."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import skipcoder; skipcoder.SAVE_EVERY = 0; skipcoder.main()"
+    command = [sys.executable, "-c", code, *map(str, flags(tiny, tmp_path / "run", "--tokens", "1e9"))]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+    while not (tmp_path / "run/config.json").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.31)
+    process.kill()
+    process.wait()
+    _, coders = load_run(tmp_path / "run")
+    assert set(coders) == set(ARCHS)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_save(trained, tiny):
+    before = {path: path.read_bytes() for path in trained.rglob("*.safetensors")}
+    done = run("skipcoder.py", *flags(tiny, trained, "--overwrite", "--lr", "1e30"))
+    assert done.returncode not in (0, 130, 143)
+    assert "--lr" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert before == {path: path.read_bytes() for path in trained.rglob("*.safetensors")}
+
+
+def test_an_existing_run_is_replaced_only_when_told_to(trained, tiny, tmp_path):
+    out = tmp_path / "run"
+    assert run("skipcoder.py", *flags(tiny, out)).returncode == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    done = run("skipcoder.py", *flags(tiny, out))
+    assert done.returncode != 0 and "--overwrite" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert run("skipcoder.py", *flags(tiny, out), "--arch", "sae", "--seed", 3, "--overwrite").returncode == 0
+    config, coders = load_run(out)
+    assert config["seed"] == 3 and set(coders) == {"sae"}
+    assert not (out / "transcoder").exists()  # nothing of the old run is left beside the new one
+
+
+SIZES = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2)
+FAMILIES = {
+    "gpt2": (GPT2LMHeadModel, GPT2Config(vocab_size=64, n_embd=16, n_layer=3, n_head=2, n_positions=32), "h.1.mlp"),
+    "neox": (GPTNeoXForCausalLM, GPTNeoXConfig(**SIZES), "layers.1.mlp"),
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, num_key_value_heads=2), "layers.1.mlp"),
+    "gemma": (Gemma2ForCausalLM, Gemma2Config(**SIZES, num_key_value_heads=1, head_dim=8), "layers.1.mlp"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_model_families(family, tmp_path, device):
+    """x and y are what the MLP of the whole model reads and writes, without position 0; later blocks never run."""
+    model_class, config, expected_name = FAMILIES[family]
+    torch.manual_seed(0)
+    model_class(config).save_pretrained(tmp_path)
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path).eval().to(device)
+    tokens = torch.randint(64, (3, 12), device=device)
+    name, blocks, mlp = find_mlp(lm, 1)
+    assert name == expected_name
+    whole = {}
+    handle = mlp.register_forward_hook(lambda module, args, output: whole.update(x=args[0], y=output))
+    ran = []
+    with torch.no_grad():
+        lm(tokens, use_cache=False)
+    handle.remove()
+
+    later, head = blocks[2], lm.get_output_embeddings()
+    for module in (later, head):
+        module.register_forward_hook(lambda module, *_: ran.append(module))
+    del blocks[2:]
+    x, y = MLPActivations(lm, mlp, torch.float32)(tokens)
+    assert not ran
+    assert x.shape == y.shape == (3 * 11, 16)
+    torch.testing.assert_close(x, whole["x"][:, 1:].reshape(-1, 16))
+    torch.testing.assert_close(y, whole["y"][:, 1:].reshape(-1, 16))
+    with pytest.raises(InputError, match="--layer 7.*0 to 1"):
+        find_mlp(lm, 7)
+
+
+def test_two_processes_equal_one(tiny, tmp_path):
+    """torchrun with 2 gloo processes: each reads its own documents, and a step is the step on both batches at once."""
+    code = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+from skipcoder import ARCHS, Coder, Trainer, mean_and_variance
+def steps(x, y):
+    for arch in ARCHS:
+        coder = Coder(arch, 8, 40, 5)
+        trainer = Trainer(coder, start, start * 2, 1e-2, 1 / 32, dead_after=60)
+        for _ in range(4):
+            trainer.step(x, y, mean_and_variance(y)[1], 1)
+        yield arch, {**coder.state_dict(), "silent": trainer.silent, "squared_error": trainer.squared_error}
+start, x, y = torch.randn(3, 64, 8, generator=torch.Generator().manual_seed(0)) * 3 + 1
+one = dict(steps(x, y))
+dist.init_process_group("gloo")
+half = slice(0, 32) if dist.get_rank() == 0 else slice(32, 64)
+for arch, state in steps(x[half], y[half]):
+    for name, value in state.items():
+        torch.testing.assert_close(value, one[arch][name], rtol=1e-4, atol=1e-5)
+print("equal", flush=True)
+dist.barrier()
+dist.destroy_process_group()
+"""
+    (tmp_path / "two.py").write_text(code)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*torchrun, tmp_path / "two.py", ROOT], capture_output=True, text=True, timeout=120, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal") == 2
+    done = subprocess.run(
+        [*torchrun, *map(str, [ROOT / "skipcoder.py", *flags(tiny, tmp_path / "run")])],
+        capture_output=True, text=True, timeout=120, env=env,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("saves to") == 1 and "x 2" in done.stdout
+    config, _ = load_run(tmp_path / "run")
+    alone = run("skipcoder.py", *flags(tiny, tmp_path / "alone"))
+    assert alone.returncode == 0 and config["tokens_trained"] == load_run(tmp_path / "alone")[0]["tokens_trained"]
