@@ -21,7 +21,6 @@ import json
 import math
 import re
 import tempfile
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -207,28 +206,39 @@ def summary(found: Tensor) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def first_rows(batches, rows: int, what: str):
+    """Yield batches until there were so many rows (or no more), with a progress bar."""
+    with tqdm(total=rows, desc=what, unit="row", leave=False) as bar:
+        while rows > 0 and (batch := next(batches, None)) is not None:
+            batch = batch[:rows]
+            rows -= len(batch)
+            yield batch
+            bar.update(len(batch))
+
+
 def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, dict]:
     """Return the report (what --json writes) and what --html shows: tokens, scored latents and the tokenizer."""
     device, ctx_len, d, k = args.device, config["ctx_len"], config["d"], config["k"]
     generator = torch.Generator().manual_seed(args.seed)
-    tokenizer = skipcoder.from_pretrained(AutoTokenizer, config["model"])
+    model = f"RUN {args.run}: its model"
+    tokenizer = skipcoder.from_pretrained(AutoTokenizer, config["model"], model)
     rows = max(1, 2048 // ctx_len)  # log-probabilities over the vocabulary are large: few at a time
     source = (args.dataset, args.subset, tokenizer, ctx_len, rows)
-    training = skipcoder.read_ahead(TokenBatches(*source))
-    held_out = skipcoder.read_ahead(TokenBatches(*source, held_out=True))
-    lm = skipcoder.from_pretrained(AutoModelForCausalLM, config["model"], dtype=torch.float32).eval().to(device)
+    training = skipcoder.read_ahead(TokenBatches(*source, once=True))
+    held_out = skipcoder.read_ahead(TokenBatches(*source, held_out=True, once=True))
+    lm = skipcoder.from_pretrained(AutoModelForCausalLM, config["model"], model, dtype=torch.float32).eval().to(device)
     _, _, mlp = skipcoder.find_mlp(lm, config["layer"])
     activations = skipcoder.MLPActivations(lm, mlp, skipcoder.matmul_dtype(device))
     patched = PatchedLM(lm, mlp, skipcoder.matmul_dtype(device))
     per_row = ctx_len - 1  # position 0 does not count
-    batches_wanted = math.ceil(args.tokens / per_row / rows)
+    rows_wanted = math.ceil(args.tokens / per_row)
 
     # the affine baseline, and the mean for mean-ablation, come from training documents
     affine = Affine(d, device)
-    for tokens in tqdm(islice(training, batches_wanted), "affine map", total=batches_wanted, leave=False):
+    for tokens in first_rows(training, rows_wanted, "affine map"):
         x, y = activations(tokens.to(device))
         if y.shape[1] != d:
-            raise InputError(f"RUN: its coders are {d} wide, but the MLP of {config['model']} is {y.shape[1]}")
+            raise InputError(f"{model} {config['model']} has an MLP {y.shape[1]} wide, the coders are {d} wide")
         affine.add(x, y)
     A, b = affine.solve()
     y_mean = (affine.y / affine.n).float()
@@ -241,9 +251,9 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, dict]:
     activity = {}
     seen, n, predicted = [], 0, 0  # rows of tokens; tokens they count for; of them those whose next token is predicted
     with tempfile.NamedTemporaryFile() as file:  # last hidden states of all tokens: on disk, so as not to fill the memory
-        hidden = torch.from_file(file.name, shared=True, size=batches_wanted * rows * per_row * d, dtype=torch.bfloat16)
+        hidden = torch.from_file(file.name, shared=True, size=rows_wanted * per_row * d, dtype=torch.bfloat16)
         hidden, hidden_sum = hidden.view(-1, d), torch.zeros(d, dtype=torch.float64)
-        for tokens in tqdm(islice(held_out, batches_wanted), "held-out", total=batches_wanted, leave=False):
+        for tokens in first_rows(held_out, rows_wanted, "held-out"):
             tokens = tokens.to(device)
             clean = patched(tokens)  # [rows, ctx_len - 2, vocab]
             x, y, neurons, h = (a.flatten(0, 1) for a in (patched.x, patched.y, patched.neurons, patched.hidden))
@@ -275,7 +285,10 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, dict]:
             raise InputError(f"--dataset {args.dataset}: every 10th document is held out, and they fill no row of {ctx_len} tokens")
         active = {name: a.sample() for name, a in activity.items()}
         if any(len(latents) < 2 for latents in active.values()):
-            raise InputError(f"--tokens {args.tokens}: too few for latents to be active on {MIN_ACTIVE} tokens each, raise it")
+            raise InputError(
+                f"--tokens {args.tokens}, --latents {args.latents}: fewer than two latents with {MIN_ACTIVE} active tokens"
+                f" to score among the {n:,} held-out tokens read; raise them or give a larger --dataset"
+            )
         mean = (hidden_sum / n).float()
         found = {name: intruder_trials(latents, hidden[:n], mean, generator) for name, latents in active.items()}
         random_tokens = torch.randint(n, (args.latents, TRIALS, SHOWN + 1), generator=generator)

@@ -151,7 +151,9 @@ class InputError(Exception):
 
 def documents(dataset: str, subset: str | None):
     """Yield the texts of a data set in order: a Hugging Face one, streamed, or a local file or folder of files."""
-    from datasets import load_dataset  # takes seconds, and only the reading process needs it
+    import datasets  # takes seconds, and only the reading process needs it
+
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said in one line, below
 
     def reader(path: Path) -> str | None:
         return READERS.get(Path(path.stem).suffix if path.suffix == ".gz" else path.suffix)
@@ -170,7 +172,7 @@ def documents(dataset: str, subset: str | None):
         if options and os.path.getsize(name) == 0:
             raise InputError(f"--dataset {name}: the file is empty")
         try:
-            for example in load_dataset(*where, **options, split="train", streaming=True):
+            for example in datasets.load_dataset(*where, **options, split="train", streaming=True):
                 if not isinstance(example.get("text"), str):
                     raise InputError(f"--dataset {name}: no column 'text' of strings, only {', '.join(example)}")
                 yield from pieces(example["text"]) if where[0] == "text" else [example["text"]]
@@ -193,15 +195,17 @@ def pieces(text: str, size: int = 10_000):
 class TokenBatches(IterableDataset):
     """Batches [rows, ctx_len] of tokens from a data set; to be read in a process of its own by `read_ahead`.
 
-    Documents are joined with EOS and packed: every row is full, there is no padding. Training skips every 10th
-    document, draws the rows in random order and repeats them for ever; `held_out` gives the 10th documents alone, once
-    and in order. Between batches there may be a str, to be shown, or an InputError, to be raised.
+    Documents are joined with EOS and packed: every row is full, there is no padding. Every 10th document is left out,
+    or with `held_out` all others are. Rows come in random order and for ever, or with `once` in order and once. Between
+    batches there may be a str, to be shown, or an InputError, to be raised.
     """
 
-    def __init__(self, dataset, subset, tokenizer, ctx_len, rows, *, held_out=False, seed=0, rank=0, world=1):
+    def __init__(
+        self, dataset, subset, tokenizer, ctx_len, rows, *, held_out=False, once=False, seed=0, rank=0, world=1
+    ):
         super().__init__()
         self.dataset, self.subset, self.tokenizer, self.ctx_len, self.rows = dataset, subset, tokenizer, ctx_len, rows
-        self.held_out, self.seed, self.rank, self.world = held_out, seed, rank, world
+        self.held_out, self.once, self.seed, self.rank, self.world = held_out, once, seed, rank, world
 
     def __iter__(self):
         try:
@@ -209,15 +213,15 @@ class TokenBatches(IterableDataset):
             batch = []
             for epoch in count():
                 seen = 0
-                for row in self.packed() if self.held_out else shuffled(self.packed(), random):
+                for row in self.packed() if self.once else shuffled(self.packed(), random):
                     seen += 1
                     batch.append(row)
                     if len(batch) == self.rows:
                         yield torch.stack(batch)  # [rows, ctx_len]
                         batch = []
-                if self.held_out:
+                if self.once:
                     if batch:
-                        yield torch.stack(batch)
+                        yield torch.stack(batch)  # [fewer rows, ctx_len]
                     return
                 if seen < self.rows:
                     raise InputError(
@@ -284,10 +288,10 @@ def read_ahead(data: TokenBatches):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def from_pretrained(auto_class, name: str, **options):
+def from_pretrained(auto_class, name: str, flag: str = "--model", **options):
     """`auto_class.from_pretrained(name)` that asks the network only for what is not on disk; raises InputError."""
     if Path(name).is_file():
-        raise InputError(f"--model {name} is a file: pass the folder it is in, or a name on the Hugging Face hub")
+        raise InputError(f"{flag} {name} is a file: pass the folder it is in, or a name on the Hugging Face hub")
     try:
         try:
             return auto_class.from_pretrained(name, local_files_only=True, **options)
@@ -297,8 +301,8 @@ def from_pretrained(auto_class, name: str, **options):
             return auto_class.from_pretrained(name, **options)
     except Exception as error:  # OSError for a wrong name or no connection; nearly anything for broken files
         raise InputError(
-            f"--model {name}: {first_line(error)}; check the name and the connection, or pass local folders with"
-            " --model and --dataset (python tests/tiny_gpt2.py makes both, offline)"
+            f"{flag} {name}: {first_line(error)}; check the name and the connection, or pass local folders as --model"
+            " and --dataset (python tests/tiny_gpt2.py makes both offline)"
         ) from error
 
 
@@ -350,7 +354,9 @@ DEFAULT_TOKENS = 50_000_000
 WARM_UP, DECAY = 0.05, 0.5  # shares of the tokens over which the learning rate rises at the start, falls at the end
 BETAS = (0.9, 0.98)  # Adam's; the usual 0.999 remembers a thousand steps, half of a short run
 DEAD = 0.02  # a latent is dead once it was silent for this share of the tokens
-WAKE = 0.03  # what a dead latent's bias gains per step until it fires, in standard deviations of pre-activations
+# What a dead latent's bias gains per step until it fires, in standard deviations of the pre-activations. Without it 13%
+# to 36% of the latents die at these learning rates; AuxK alone, the usual cure, changes nothing and costs 5x the time.
+WAKE = 0.03
 LOG_EVERY, SAVE_EVERY = 5, 300  # seconds
 
 
@@ -482,8 +488,8 @@ def train(args: argparse.Namespace) -> int:
     if args.batch_size % world_size():
         raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {world_size()} processes")
     limit = getattr(from_pretrained(AutoConfig, args.model), "max_position_embeddings", math.inf)
-    if args.ctx_len > limit:
-        raise InputError(f"--ctx-len {args.ctx_len}: the model takes at most {limit} tokens")
+    if not 3 <= args.ctx_len <= limit:  # of the first token nothing is used, of the last one eval.py has no loss
+        raise InputError(f"--ctx-len {args.ctx_len}: at least 3 and, for this model, at most {limit} tokens")
     check_out(out, args.overwrite)
 
     # the data goes first: reading runs ahead in a process of its own while the LM loads
@@ -505,9 +511,12 @@ def train(args: argparse.Namespace) -> int:
     trainers = {}
     lr = args.lr or default_lr(steps * step_tokens)
     for arch in args.arch:
-        coder = Coder(arch, d, num_latents, args.k, args.seed).to(device)
-        coder.matmul_dtype = dtype
-        trainers[arch] = Trainer(coder, x, y, lr, args.auxk_alpha, DEAD * args.tokens)
+        try:
+            coder = Coder(arch, d, num_latents, args.k, args.seed).to(device)
+            coder.matmul_dtype = dtype
+            trainers[arch] = Trainer(coder, x, y, lr, args.auxk_alpha, DEAD * args.tokens)
+        except (RuntimeError, MemoryError):  # what torch raises when it cannot allocate
+            raise InputError(f"--expansion {args.expansion}: not enough memory for {num_latents:,} latents, lower it")
 
     config = {name: str(value) if isinstance(value, (Path, torch.device)) else value for name, value in vars(args).items()}
     config |= {"hookpoint": hookpoint, "d": d, "num_latents": num_latents, "lr": lr, "matmul_dtype": str(dtype)[6:]}
@@ -698,7 +707,7 @@ def first_line(error: Exception) -> str:
 
 def quiet_libraries():
     """Hide the warnings, retries and bars of the libraries: what matters of them we say in a line of our own."""
-    for library in ("transformers", "datasets", "huggingface_hub"):
+    for library in ("transformers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     transformers_logging.disable_progress_bar()
 
@@ -718,7 +727,7 @@ def main():
     flag("--ctx-len", type=whole, default=256, help="tokens in a row, the first of which is left out (default %(default)s)")
     flag("--batch-size", type=whole, help="rows in a step (default: grows with --tokens, see default_rows)")
     flag("--lr", type=positive, help="Adam's learning rate (default: falls with --tokens and d, see default_lr)")
-    flag("--auxk-alpha", type=not_negative, default=1 / 32, help="weight of the AuxK loss (default %(default)s)")
+    flag("--auxk-alpha", type=not_negative, default=0.0, help="weight of the AuxK loss, 1/32 in Gao et al. (default 0: see WAKE)")
     flag("--seed", type=int, default=0, help="seed of the coders' start and of the order of the rows (default 0)")
     flag("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     flag("--out", help="run directory (default runs/<model>-layer<L>)")

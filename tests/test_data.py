@@ -66,7 +66,7 @@ def rows_of(data) -> list[list[int]]:
 def test_rows_are_full_and_join_documents_with_eos(tmp_path, tokenizer):
     """The rows of held-out documents, in order, are the tokens of every 10th document with an EOS after each."""
     path = write(tmp_path / "a.jsonl")
-    rows = rows_of(TokenBatches(str(path), None, tokenizer, 8, 4, held_out=True))
+    rows = rows_of(TokenBatches(str(path), None, tokenizer, 8, 4, held_out=True, once=True))
     expected = [t for text in TEXTS[::10] for t in tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]]
     assert [t for row in rows for t in row] == expected[: len(expected) // 8 * 8]
 
@@ -104,7 +104,7 @@ def test_ranks_share_the_documents(tmp_path, tokenizer):
 
 def test_read_ahead_gives_the_same_batches_and_raises_input_errors(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl")
-    data = TokenBatches(str(path), None, tokenizer, 8, 4, held_out=True)
+    data = TokenBatches(str(path), None, tokenizer, 8, 4, held_out=True, once=True)
     for ours, theirs in zip(data, read_ahead(data), strict=True):
         assert torch.equal(ours, theirs)
     with pytest.raises(InputError, match="--dataset.*too little text"):
