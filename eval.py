@@ -245,12 +245,13 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, dict]:
     untrained = Coder("transcoder", d, config["num_latents"], k, seed=args.seed + 1).to(device).requires_grad_(False)
     untrained.encoder.bias.data = -untrained.encoder.weight @ (affine.x / affine.n).float()
 
-
     sums = {name: {"error": 0.0, "ce": 0.0, "kl": 0.0} for name in ("clean", *coders, "affine", "mean", "zero")}
     y_sum, y_square = torch.zeros(d, dtype=torch.float64, device=device), 0.0
     activity = {}
     seen, n, predicted = [], 0, 0  # rows of tokens; tokens they count for; of them those whose next token is predicted
-    with tempfile.NamedTemporaryFile() as file:  # last hidden states of all tokens: on disk, so as not to fill the memory
+    with (
+        tempfile.NamedTemporaryFile() as file
+    ):  # last hidden states of all tokens: on disk, so as not to fill the memory
         hidden = torch.from_file(file.name, shared=True, size=rows_wanted * per_row * d, dtype=torch.bfloat16)
         hidden, hidden_sum = hidden.view(-1, d), torch.zeros(d, dtype=torch.float64)
         for tokens in first_rows(held_out, rows_wanted, "held-out"):
@@ -282,7 +283,9 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, dict]:
             seen.append(tokens.cpu())
             n, predicted = n + len(h), predicted + clean[..., 0].numel()
         if n == 0:
-            raise InputError(f"--dataset {args.dataset}: every 10th document is held out, and they fill no row of {ctx_len} tokens")
+            raise InputError(
+                f"--dataset {args.dataset}: every 10th document is held out, and they fill no row of {ctx_len} tokens"
+            )
         active = {name: a.sample() for name, a in activity.items()}
         if any(len(latents) < 2 for latents in active.values()):
             raise InputError(
@@ -321,8 +324,22 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, dict]:
 
 def table(report: dict) -> str:
     """The report as a Markdown table, under 100 columns wide."""
-    columns = {"FVU": "fvu", "L0": "l0", "dead %": "dead", "CE increase": "ce_increase", "CE recovered": "ce_recovered", "KL": "kl"}
-    formats = {"fvu": "{:.4f}", "l0": "{:.1f}", "dead": "{:.1%}", "ce_increase": "{:.4f}", "ce_recovered": "{:.1%}", "kl": "{:.4f}"}
+    columns = {
+        "FVU": "fvu",
+        "L0": "l0",
+        "dead %": "dead",
+        "CE increase": "ce_increase",
+        "CE recovered": "ce_recovered",
+        "KL": "kl",
+    }
+    formats = {
+        "fvu": "{:.4f}",
+        "l0": "{:.1f}",
+        "dead": "{:.1%}",
+        "ce_increase": "{:.4f}",
+        "ce_recovered": "{:.1%}",
+        "kl": "{:.4f}",
+    }
     lines = []
     for name, row in [*report["coders"].items(), *report["baselines"].items()]:
         cells = [formats[key].format(row[key]) if key in row else "" for key in columns.values()]
@@ -330,7 +347,10 @@ def table(report: dict) -> str:
         lines.append([name, *cells, score])
     header = ["", *columns, "intruder"]
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-    header, *lines = ([cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))] for line in [header, *lines])
+    header, *lines = (
+        [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))]
+        for line in [header, *lines]
+    )
     rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
 
@@ -345,18 +365,21 @@ def headline(config: dict, report: dict) -> str:
 
 def notes(report: dict) -> list[str]:
     """How to read the table, in plain words."""
-    closed = {name: 1 - row["fvu"] for name, row in report["coders"].items()} | {"affine": 1 - report["baselines"]["affine"]["fvu"]}
+    closed = {name: 1 - row["fvu"] for name, row in report["coders"].items()} | {
+        "affine": 1 - report["baselines"]["affine"]["fvu"]
+    }
     lines = [
         "FVU: share of the variance of the MLP's output that is missed (0 is perfect, predicting the mean is 1). CE"
         " increase: nats/token that the LM loses with the prediction in the MLP's place; the mean in its place recovers 0%.",
-        f"Intruder: how often the odd one out of five contexts is found; chance is 0.2, which null should be within 3"
-        f" standard errors of. Compare coders with neurons and untrained, and differences with the errors given.",
+        "Intruder: how often the odd one out of five contexts is found; chance is 0.2, which null should be within 3"
+        " standard errors of. Compare coders with neurons and untrained, and differences with the errors given.",
     ]
     if "transcoder" in closed:
         share = {name: f"{closed[name] / closed['transcoder']:.1%}" for name in closed}
         lines.append(
             f"Of the gap between mean and transcoder (FVU 1 to {1 - closed['transcoder']:.4f}) the best affine map of x"
-            f" alone closes {share['affine']}" + (f", the skip transcoder {share['skip_transcoder']}." if "skip_transcoder" in share else ".")
+            f" alone closes {share['affine']}"
+            + (f", the skip transcoder {share['skip_transcoder']}." if "skip_transcoder" in share else ".")
         )
     return lines
 
@@ -392,7 +415,9 @@ def page_data(seen: Tensor, latents: dict, tokenizer) -> dict:
             level = dict(zip(tokens.tolist(), (acts / top * 9).round().int().tolist()))
             fifths = tokens.tensor_split(FIFTHS)
             peaks = [(0, p) for p in fifths[0][:4].tolist()]
-            peaks += [(q, fifths[q][torch.randint(len(fifths[q]), (), generator=random)].item()) for q in range(1, FIFTHS)]
+            peaks += [
+                (q, fifths[q][torch.randint(len(fifths[q]), (), generator=random)].item()) for q in range(1, FIFTHS)
+            ]
             contexts = []
             for fifth, peak in peaks:
                 row, column = divmod(peak, ctx_len - 1)  # the sample counts from position 1 of each row
@@ -499,24 +524,13 @@ show();
 """
 
 
-def check_writable(flag: str, path: Path | None):
-    """Raise InputError, before any work is done, if the file cannot be written."""
-    if path is None:
-        return
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-        skipcoder.write(path.with_name(path.name + ".try"), "")
-        path.with_name(path.name + ".try").unlink()
-    except OSError as error:
-        raise InputError(f"{flag} {path}: cannot be written ({error.strerror}), pass another file") from error
-
-
 def main():
     parser = Flags(prog="eval.py", description=__doc__.splitlines()[0])
     flag = parser.add_argument
     flag("run", metavar="RUN", type=Path, help="run directory that skipcoder.py wrote")
-    flag("--tokens", type=skipcoder.whole, default=200_000, help="held-out tokens to evaluate on (default %(default)s)")
+    flag(
+        "--tokens", type=skipcoder.whole, default=200_000, help="held-out tokens to evaluate on (default %(default)s)"
+    )
     flag("--latents", type=skipcoder.whole, default=300, help="latents scored per coder (default %(default)s)")
     flag("--json", type=Path, help="write all numbers to this file")
     flag("--html", type=Path, help="write a page to look at the scored latents to this file")
@@ -532,7 +546,8 @@ def main():
         if args.dataset is None:
             args.dataset, args.subset = config["dataset"], args.subset or config["subset"]
         for name, path in (("--json", args.json), ("--html", args.html)):
-            check_writable(name, path)
+            if path:
+                skipcoder.check_writable(name, path)
         report, latents = evaluate(config, coders, args)
         print(headline(config, report), table(report), *notes(report), sep="\n\n")
         if args.json:

@@ -55,7 +55,7 @@ class SparseMLP(torch.autograd.Function):
     The forward pass is one dense matmul and a topk; all that follows is sparse. The decoder is an embedding bag: the
     weighted sum of the k rows of W_dec that a token uses. The gradient of either weight matrix is an embedding bag as
     well, over the same (token, latent) pairs sorted by latent: a row of the gradient is the weighted sum of the
-    tokens that used this latent. On 2 CPU cores this costs a tenth of the dense products.
+    tokens that used this latent.
     """
 
     @staticmethod
@@ -111,7 +111,7 @@ class Coder(nn.Module):
         self.encoder = nn.Linear(d, num_latents)
         self.encoder.weight.data = W
         self.encoder.bias.data.zero_()
-        # an autoencoder starts with W_dec = W_enc, a transcoder as the constant mean of y (paper, section 3.1)
+        # an autoencoder starts with W_dec = W_enc; a transcoder with nothing but b_dec, the mean of y (see Trainer)
         self.W_dec = nn.Parameter(W.clone() if arch == "sae" else torch.zeros(num_latents, d))
         self.b_dec = nn.Parameter(torch.zeros(d))
         self.W_skip = nn.Parameter(torch.zeros(d, d)) if arch == "skip_transcoder" else None
@@ -173,9 +173,11 @@ def documents(dataset: str, subset: str | None):
             raise InputError(f"--dataset {name}: the file is empty")
         try:
             for example in datasets.load_dataset(*where, **options, split="train", streaming=True):
-                if not isinstance(example.get("text"), str):
+                text = example.get("text", 0)
+                text = "" if text is None else text  # some data sets have a null here and there
+                if not isinstance(text, str):
                     raise InputError(f"--dataset {name}: no column 'text' of strings, only {', '.join(example)}")
-                yield from pieces(example["text"]) if where[0] == "text" else [example["text"]]
+                yield from pieces(text) if where[0] == "text" else [text]
         except InputError:
             raise
         except Exception as error:  # broken JSON or parquet, hub out of reach, no such data set, ...
@@ -327,8 +329,8 @@ def find_mlp(lm: nn.Module, layer: int) -> tuple[str, nn.ModuleList, nn.Module]:
 class MLPActivations:
     """Call it with tokens [rows, ctx_len] to get the MLP's input x and output y there, each [rows * (ctx_len - 1), d].
 
-    Position 0 of each row is left out: GPT-2 parks its attention there and gives it a norm a hundred times that of
-    other tokens, which says nothing of the text and would swamp the loss. (Some models have such sinks elsewhere.)
+    Position 0 of each row is left out: GPT-2 and others park their attention there and give it a huge norm, which says
+    nothing of the text and would swamp the loss. (Some models have such attention sinks elsewhere too.)
     """
 
     def __init__(self, lm: nn.Module, mlp: nn.Module, dtype: torch.dtype):
@@ -403,9 +405,9 @@ class Trainer:
         error = y - y_hat  # [N, d]
         squared_error = error.square().sum()
         loss = squared_error / variance  # the FVU
-        dead = (self.silent >= self.dead_after).nonzero().flatten()  # [n_dead]
-        if self.auxk_alpha and len(dead):
-            loss = loss + self.auxk_alpha * self.auxk_loss(x, y, error.detach(), dead) / variance
+        dead = self.silent >= self.dead_after  # [M]
+        if self.auxk_alpha and dead.any():
+            loss = loss + self.auxk_alpha * self.auxk_loss(x, y, error.detach(), dead.nonzero().flatten()) / variance
         self.optimizer.zero_grad()
         loss.backward()
 
@@ -423,7 +425,7 @@ class Trainer:
         self.optimizer.step()
         if coder.arch == "sae":
             coder.W_dec.data = F.normalize(coder.W_dec.data)
-        coder.encoder.bias.data[dead] += WAKE * self.z_scale * lr_factor
+        coder.encoder.bias.data += WAKE * self.z_scale * lr_factor * dead
 
     def auxk_loss(self, x: Tensor, y: Tensor, error: Tensor, dead: Tensor) -> Tensor:
         """Squared error of the dead latents at predicting what the others left over (Gao et al. 2024, appendix A.2).
@@ -490,7 +492,10 @@ def train(args: argparse.Namespace) -> int:
     limit = getattr(from_pretrained(AutoConfig, args.model), "max_position_embeddings", math.inf)
     if not 3 <= args.ctx_len <= limit:  # of the first token nothing is used, of the last one eval.py has no loss
         raise InputError(f"--ctx-len {args.ctx_len}: at least 3 and, for this model, at most {limit} tokens")
-    check_out(out, args.overwrite)
+    if (out / "config.json").exists() and not args.overwrite:
+        raise InputError(f"--out {out} holds a run: pass --overwrite to replace it, or another --out")
+    if rank == 0:
+        check_writable("--out", out / "config.json")
 
     # the data goes first: reading runs ahead in a process of its own while the LM loads
     tokenizer = from_pretrained(AutoTokenizer, args.model)
@@ -518,7 +523,9 @@ def train(args: argparse.Namespace) -> int:
         except (RuntimeError, MemoryError):  # what torch raises when it cannot allocate
             raise InputError(f"--expansion {args.expansion}: not enough memory for {num_latents:,} latents, lower it")
 
-    config = {name: str(value) if isinstance(value, (Path, torch.device)) else value for name, value in vars(args).items()}
+    config = {
+        name: str(value) if isinstance(value, (Path, torch.device)) else value for name, value in vars(args).items()
+    }
     config |= {"hookpoint": hookpoint, "d": d, "num_latents": num_latents, "lr": lr, "matmul_dtype": str(dtype)[6:]}
     config |= {name: str(Path(config[name]).resolve()) for name in ("model", "dataset") if Path(config[name]).exists()}
     config["versions"] = {name: version(name) for name in ("torch", "transformers", "datasets")}
@@ -529,7 +536,9 @@ def train(args: argparse.Namespace) -> int:
         print(f"hookpoint  {hookpoint}")
         print(f"coders     {', '.join(args.arch)}: M {num_latents:,} latents, k {args.k}")
         print(f"device     {device}{gpu} x {world_size()}, matmuls in {config['matmul_dtype']}")
-        print(f"data       {args.dataset}: {steps * step_tokens:,} tokens, {step_tokens:,} a step, learning rate {lr:.2g}")
+        print(
+            f"data       {args.dataset}: {steps * step_tokens:,} tokens, {step_tokens:,} a step, learning rate {lr:.2g}"
+        )
         print(f"saves to   {out}", flush=True)
 
     stop = []  # signals received
@@ -575,7 +584,9 @@ def train(args: argparse.Namespace) -> int:
             if ending or saving:
                 saved_at = now
                 if rank == 0:
-                    save_run(out, config | {"tokens_trained": tokens}, [trainer.coder for trainer in trainers.values()])
+                    save_run(
+                        out, config | {"tokens_trained": tokens}, [trainer.coder for trainer in trainers.values()]
+                    )
             if ending:
                 break
     if rank == 0:
@@ -607,7 +618,9 @@ def save_run(out: Path, config: dict, coders: list[Coder]):
     """Write config.json and, per coder, <arch>/<hookpoint>/, a folder that EleutherAI's `sparsify` loads as it is."""
     folders = {out / coder.arch / config["hookpoint"]: coder for coder in coders}
     for folder, coder in folders.items():
-        write(folder / "sae.safetensors", {name: p.detach().cpu().contiguous() for name, p in coder.named_parameters()})
+        write(
+            folder / "sae.safetensors", {name: p.detach().cpu().contiguous() for name, p in coder.named_parameters()}
+        )
         cfg = {
             "activation": "topk",
             "expansion_factor": config["expansion"],
@@ -626,14 +639,16 @@ def save_run(out: Path, config: dict, coders: list[Coder]):
             shutil.rmtree(cfg.parent.parent if cfg.parent.parent.name not in config["arch"] else cfg.parent)
 
 
-def check_out(out: Path, overwrite: bool):
-    """Raise InputError, before any work is done, if a run cannot or must not be saved in `out`."""
-    if (out / "config.json").exists() and not overwrite:
-        raise InputError(f"--out {out} holds a run: pass --overwrite to replace it, or another --out")
+def check_writable(flag: str, path: Path):
+    """Raise InputError, before any work is done, if the file `path` cannot be written."""
     try:
-        write(out / "log.jsonl", "")
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        probe = path.with_name(path.name + ".probe")
+        write(probe, "")
+        probe.unlink()
     except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error.strerror}), pass another folder") from error
+        raise InputError(f"{flag} {path}: cannot be written ({error.strerror}), pass another path") from error
 
 
 def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[dict, dict[str, Coder]]:
@@ -717,17 +732,31 @@ def main():
     flag = parser.add_argument
     flag("--layer", type=int, required=True, help="the block whose MLP is coded, counted from 0")
     flag("--model", default="gpt2", help="a decoder on the Hugging Face hub, or a local folder (default %(default)s)")
-    flag("--dataset", default=DEFAULT_DATASET, help="a data set on the hub, or a local .txt, .jsonl, .json or .parquet"
-         " file (text ones also as .gz) or a folder of them (default %(default)s)")
+    flag(
+        "--dataset",
+        default=DEFAULT_DATASET,
+        help="a data set on the hub, or a local .txt, .jsonl, .json or .parquet"
+        " file (text ones also as .gz) or a folder of them (default %(default)s)",
+    )
     flag("--subset", help=f"configuration of a hub data set (default: {DEFAULT_SUBSET} of the default data set)")
     flag("--arch", nargs="+", choices=ARCHS, default=list(ARCHS), help="coders to train (default: all three)")
     flag("--expansion", type=whole, default=32, help="latents M as a multiple of the width d (default %(default)s)")
     flag("--k", type=whole, default=32, help="latents active per token (default %(default)s)")
     flag("--tokens", type=whole, default=DEFAULT_TOKENS, help="tokens to train on (default %(default)s)")
-    flag("--ctx-len", type=whole, default=256, help="tokens in a row, the first of which is left out (default %(default)s)")
+    flag(
+        "--ctx-len",
+        type=whole,
+        default=256,
+        help="tokens in a row, the first of which is left out (default %(default)s)",
+    )
     flag("--batch-size", type=whole, help="rows in a step (default: grows with --tokens, see default_rows)")
     flag("--lr", type=positive, help="Adam's learning rate (default: falls with --tokens and d, see default_lr)")
-    flag("--auxk-alpha", type=not_negative, default=0.0, help="weight of the AuxK loss, 1/32 in Gao et al. (default 0: see WAKE)")
+    flag(
+        "--auxk-alpha",
+        type=not_negative,
+        default=0.0,
+        help="weight of the AuxK loss, 1/32 in Gao et al. (default 0: see WAKE)",
+    )
     flag("--seed", type=int, default=0, help="seed of the coders' start and of the order of the rows (default 0)")
     flag("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     flag("--out", help="run directory (default runs/<model>-layer<L>)")

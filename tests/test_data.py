@@ -32,7 +32,11 @@ def write(path, texts=TEXTS):
         content = "".join(texts).encode()
         path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     else:
-        lines = json.dumps([{"text": t} for t in texts]) if ".json" == path.with_suffix("").suffix + path.suffix else "\n".join(json.dumps({"text": t}) for t in texts)
+        lines = (
+            json.dumps([{"text": t} for t in texts])
+            if ".json" == path.with_suffix("").suffix + path.suffix
+            else "\n".join(json.dumps({"text": t}) for t in texts)
+        )
         path.write_bytes(gzip.compress(lines.encode()) if name.endswith(".gz") else lines.encode())
     return path
 

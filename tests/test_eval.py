@@ -18,7 +18,16 @@ def evaluated(trained, tmp_path_factory):
     """What the command line gives for a run: standard output, the JSON and the page."""
     folder = tmp_path_factory.mktemp("eval")
     done = run(
-        "eval.py", trained, "--tokens", 15_000, "--latents", 40, "--json", folder / "e.json", "--html", folder / "e.html"
+        "eval.py",
+        trained,
+        "--tokens",
+        15_000,
+        "--latents",
+        40,
+        "--json",
+        folder / "e.json",
+        "--html",
+        folder / "e.html",
     )
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads((folder / "e.json").read_text()), (folder / "e.html").read_text()
@@ -46,7 +55,20 @@ def test_report(evaluated):
 def test_fvu_agrees_with_training(tiny, tmp_path):
     """Of a coder that stays as it is, with a learning rate of nearly 0, training and eval.py report the same FVU."""
     train = ["--model", tiny, "--dataset", tiny / "text.jsonl", "--layer", 1, "--expansion", 8, "--ctx-len", 32]
-    train += ["--k", 4, "--arch", "sae", "--lr", 1e-12, "--tokens", 20_000, "--batch-size", 16, "--out", tmp_path / "run"]
+    train += [
+        "--k",
+        4,
+        "--arch",
+        "sae",
+        "--lr",
+        1e-12,
+        "--tokens",
+        20_000,
+        "--batch-size",
+        16,
+        "--out",
+        tmp_path / "run",
+    ]
     assert run("skipcoder.py", *train).returncode == 0
     done = run("eval.py", tmp_path / "run", "--tokens", 20_000, "--latents", 20, "--json", tmp_path / "e.json")
     assert done.returncode == 0, done.stderr
@@ -99,7 +121,9 @@ def test_numbers_equal_a_dense_float64_computation(trained, tiny, device, monkey
         pre = (y - coder.b_dec if arch == "sae" else x) @ coder.encoder.weight.double().T + coder.encoder.bias.double()
         kept = torch.zeros_like(pre).scatter(1, pre.topk(4).indices, 1)
         z = (pre * kept).relu()
-        y_hats[arch] = z @ coder.W_dec.double() + coder.b_dec + (x @ coder.W_skip.double().T if arch == "skip_transcoder" else 0)
+        y_hats[arch] = (
+            z @ coder.W_dec.double() + coder.b_dec + (x @ coder.W_skip.double().T if arch == "skip_transcoder" else 0)
+        )
         assert report["coders"][arch]["l0"] == pytest.approx((z > 0).sum().item() / len(z), rel=1e-3)
         assert report["coders"][arch]["dead"] == pytest.approx((z == 0).all(0).double().mean().item(), abs=0.01)
 
@@ -169,7 +193,9 @@ def test_fifths_are_sorted_by_activation(planted):
         clean = (kind == latent).nonzero().flatten()[:60]
         dirty = torch.randperm(len(kind), generator=generator)[:40]
         active[latent] = (torch.cat([clean, dirty]), torch.linspace(9, 1, 100))
-    by_quantile = evaluation.summary(evaluation.intruder_trials(active, hidden, mean, generator))["intruder_by_quantile"]
+    by_quantile = evaluation.summary(evaluation.intruder_trials(active, hidden, mean, generator))[
+        "intruder_by_quantile"
+    ]
     assert min(by_quantile[:3]) > 0.9 and max(by_quantile[3:]) < 0.5
 
 
@@ -194,7 +220,7 @@ def test_activity_keeps_what_it_should():
 
 def test_page_escapes_what_documents_contain(trained, tiny, tmp_path):
     """A document that contains HTML shows as text: no tag of it stands in the page, and the data can be parsed."""
-    evil = "<script>alert(1)</script><b>bold</b> <!-- </script> & \"quotes\" \x07 \ud7ff é 日本\t\n"
+    evil = '<script>alert(1)</script><b>bold</b> <!-- </script> & "quotes" \x07 \ud7ff é 日本\t\n'
     with open(tmp_path / "evil.jsonl", "w") as file:
         for _ in range(300):
             file.write(json.dumps({"text": evil * 20}) + "\n")
@@ -211,7 +237,7 @@ def test_page_escapes_what_documents_contain(trained, tiny, tmp_path):
 def test_page(evaluated):
     _, report, page = evaluated
     assert len(page) < 3e6
-    assert not re.search(r'(src|href)=|url\(|@import|https?://', page)
+    assert not re.search(r"(src|href)=|url\(|@import|https?://", page)
     data = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.DOTALL)[1])
     assert set(data["coders"]) == {"sae", "transcoder", "skip_transcoder", "neurons"}
     for name, latents in data["coders"].items():

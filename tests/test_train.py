@@ -27,7 +27,20 @@ from skipcoder import ARCHS, InputError, MLPActivations, find_mlp, load_run
 
 
 def flags(tiny, out, *more):
-    base = ["--model", tiny, "--dataset", tiny / "text.jsonl", "--layer", 1, "--expansion", 8, "--k", 4, "--ctx-len", 32]
+    base = [
+        "--model",
+        tiny,
+        "--dataset",
+        tiny / "text.jsonl",
+        "--layer",
+        1,
+        "--expansion",
+        8,
+        "--k",
+        4,
+        "--ctx-len",
+        32,
+    ]
     return [*base, "--batch-size", 16, "--tokens", 6000, "--out", out, *more]
 
 
@@ -38,7 +51,9 @@ def test_run_directory(trained, tiny):
     assert set(config["versions"]) == {"torch", "transformers", "datasets", "python"}
     log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     for line in log:
-        assert set(line) == {"tokens", "tokens_per_s", "fvu", "dead"} and set(line["fvu"]) == set(line["dead"]) == set(ARCHS)
+        assert set(line) == {"tokens", "tokens_per_s", "fvu", "dead"} and set(line["fvu"]) == set(line["dead"]) == set(
+            ARCHS
+        )
     assert log[-1]["tokens"] == config["tokens_trained"] and log[-1]["tokens_per_s"] > 0
     assert all(0 < fvu < 0.8 for fvu in log[-1]["fvu"].values())
     assert not list(trained.rglob("*.tmp"))
@@ -73,7 +88,16 @@ def test_saved_coders_predict_what_the_file_format_says(trained):
 def test_what_is_printed(tiny, tmp_path):
     done = run("skipcoder.py", *flags(tiny, tmp_path / "run"))
     assert done.returncode == 0, done.stderr
-    for word in ("model", "hookpoint  h.1.mlp", "M 256", "k 4", "device     cpu", "6,", str(tmp_path / "run"), "eval.py"):
+    for word in (
+        "model",
+        "hookpoint  h.1.mlp",
+        "M 256",
+        "k 4",
+        "device     cpu",
+        "6,",
+        str(tmp_path / "run"),
+        "eval.py",
+    ):
         assert word in done.stdout
     last = done.stderr.replace("\r", "\n").strip().splitlines()[-1]
     assert "tok/s" in last and all(arch in last for arch in ARCHS) and "FVU" in last and "dead" in last
@@ -89,7 +113,9 @@ def test_a_coder_does_not_depend_on_its_neighbours(tiny, tmp_path):
     )
     for name in alone:
         assert torch.equal(alone[name], beside[name]), name
-    assert run("skipcoder.py", *flags(tiny, tmp_path / "two"), "--arch", "skip_transcoder", "--seed", 1).returncode == 0
+    assert (
+        run("skipcoder.py", *flags(tiny, tmp_path / "two"), "--arch", "skip_transcoder", "--seed", 1).returncode == 0
+    )
     other = load_file(tmp_path / "two/skip_transcoder/h.1.mlp/sae.safetensors")
     assert not torch.equal(alone["W_dec"], other["W_dec"])
 
@@ -99,7 +125,12 @@ def test_signals_save_what_there_is(tiny, tmp_path, number, code):
     command = [sys.executable, ROOT / "skipcoder.py", *flags(tiny, tmp_path / "run", "--tokens", "1e9")]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
-        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
+        [*map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        start_new_session=True,
     )
     deadline = time.time() + 60
     while not (tmp_path / "run/log.jsonl").exists() or (tmp_path / "run/log.jsonl").stat().st_size == 0:
@@ -117,7 +148,9 @@ def test_signals_save_what_there_is(tiny, tmp_path, number, code):
 
 def test_killed_at_any_moment_leaves_whole_files(tiny, tmp_path, monkeypatch):
     """SIGKILL while it saves at every step: what is there can be loaded."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import skipcoder; skipcoder.SAVE_EVERY = 0; skipcoder.main()"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import skipcoder; skipcoder.SAVE_EVERY = 0; skipcoder.main()"
+    )
     command = [sys.executable, "-c", code, *map(str, flags(tiny, tmp_path / "run", "--tokens", "1e9"))]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
@@ -218,9 +251,7 @@ dist.destroy_process_group()
     (tmp_path / "two.py").write_text(code)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*torchrun, tmp_path / "two.py", ROOT], capture_output=True, text=True, timeout=120, env=env
-    )
+    done = subprocess.run([*torchrun, tmp_path / "two.py", ROOT], capture_output=True, text=True, timeout=120, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("equal") == 2
     done = subprocess.run(

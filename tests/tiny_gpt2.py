@@ -130,7 +130,7 @@ def evaluate(model: GPT2LMHeadModel, rows: Tensor) -> tuple[float, float]:
 
 def make(
     out: Path, *, vocab_size: int = 2048, layers: int = 4, d: int = 64, heads: int = 2, ctx_len: int = 128,
-    steps: int = 2400, batch_size: int = 4, lr: float = 5e-3, max_documents: int | None = None, seed: int = 0,
+    steps: int = 1300, batch_size: int = 8, lr: float = 5e-3, max_documents: int | None = None, seed: int = 0,
 ) -> tuple[float, float]:  # fmt: skip
     """Write model, tokenizer and text.jsonl into the folder `out`; gives held-out loss and unigram entropy [nats]."""
     out = Path(out)
