@@ -71,16 +71,28 @@ class PatchedLM:
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, y_hat: Tensor | None = None) -> Tensor:
-        """Log-probabilities [rows, ctx_len - 2, vocab] at positions 1 to ctx_len - 2 of tokens [rows, ctx_len]."""
+        """Logits [rows, ctx_len - 2, vocab] at positions 1 to ctx_len - 2 of tokens [rows, ctx_len]."""
         self.y_hat = y_hat
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits = self.lm(tokens, use_cache=False).logits
-        return logits[:, 1:-1].float().log_softmax(-1)
+        return logits[:, 1:-1].float()
 
 
-def cross_entropy(log_probs: Tensor, tokens: Tensor) -> float:
-    """Summed over the sample's positions: log_probs [rows, ctx_len - 2, vocab], tokens [rows, ctx_len]."""
-    return -log_probs.gather(-1, tokens[:, 2:, None]).double().sum().item()
+class NextToken:
+    """Losses of a batch of tokens [rows, ctx_len], summed over positions 1 to ctx_len - 2, given the clean logits.
+
+    The vocabulary is wide, so what takes time is passing over the logits [rows, ctx_len - 2, vocab]: twice per call.
+    """
+
+    def __init__(self, clean: Tensor, tokens: Tensor):
+        self.clean, self.next, self.p = clean, tokens[:, 2:, None], clean.softmax(-1)
+        self.log_z = clean.logsumexp(-1)  # [rows, ctx_len - 2]
+
+    def cross_entropy_and_kl(self, logits: Tensor) -> tuple[float, float]:
+        log_z = logits.logsumexp(-1)
+        cross_entropy = log_z - logits.gather(-1, self.next)[..., 0]
+        kl = torch.linalg.vecdot(self.p, self.clean - logits) + log_z - self.log_z  # sum p (log p - log q)
+        return cross_entropy.sum(dtype=torch.float64).item(), kl.sum(dtype=torch.float64).item()
 
 
 class Affine:
@@ -228,13 +240,13 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, dict]:
     held_out = skipcoder.read_ahead(TokenBatches(*source, held_out=True, once=True))
     lm = skipcoder.from_pretrained(AutoModelForCausalLM, config["model"], model, dtype=torch.float32).eval().to(device)
     _, _, mlp = skipcoder.find_mlp(lm, config["layer"])
-    activations = skipcoder.MLPActivations(lm, mlp, skipcoder.matmul_dtype(device))
-    patched = PatchedLM(lm, mlp, skipcoder.matmul_dtype(device))
+    dtype = skipcoder.matmul_dtype(device)
     per_row = ctx_len - 1  # position 0 does not count
     rows_wanted = math.ceil(args.tokens / per_row)
 
-    # the affine baseline, and the mean for mean-ablation, come from training documents
+    # training documents give the affine baseline, the mean for mean-ablation, and where an untrained coder starts
     affine = Affine(d, device)
+    activations = skipcoder.MLPActivations(lm, mlp, dtype)
     for tokens in first_rows(training, rows_wanted, "affine map"):
         x, y = activations(tokens.to(device))
         if y.shape[1] != d:
@@ -244,29 +256,32 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, dict]:
     y_mean = (affine.y / affine.n).float()
     untrained = Coder("transcoder", d, config["num_latents"], k, seed=args.seed + 1).to(device).requires_grad_(False)
     untrained.encoder.bias.data = -untrained.encoder.weight @ (affine.x / affine.n).float()
+    for coder in (*coders.values(), untrained):
+        coder.matmul_dtype = dtype
 
+    patched = PatchedLM(lm, mlp, dtype)
     sums = {name: {"error": 0.0, "ce": 0.0, "kl": 0.0} for name in ("clean", *coders, "affine", "mean", "zero")}
     y_sum, y_square = torch.zeros(d, dtype=torch.float64, device=device), 0.0
     activity = {}
     seen, n, predicted = [], 0, 0  # rows of tokens; tokens they count for; of them those whose next token is predicted
-    with (
-        tempfile.NamedTemporaryFile() as file
-    ):  # last hidden states of all tokens: on disk, so as not to fill the memory
-        hidden = torch.from_file(file.name, shared=True, size=rows_wanted * per_row * d, dtype=torch.bfloat16)
-        hidden, hidden_sum = hidden.view(-1, d), torch.zeros(d, dtype=torch.float64)
+    with tempfile.NamedTemporaryFile() as file:
+        # the last hidden state of every token, on disk: 1.5 GB for 1M tokens of GPT-2
+        hidden = torch.from_file(file.name, shared=True, size=rows_wanted * per_row * d, dtype=torch.bfloat16).view(-1, d)
+        hidden_sum = torch.zeros(d, dtype=torch.float64)
         for tokens in first_rows(held_out, rows_wanted, "held-out"):
             tokens = tokens.to(device)
             clean = patched(tokens)  # [rows, ctx_len - 2, vocab]
+            next_token = NextToken(clean, tokens)
             x, y, neurons, h = (a.flatten(0, 1) for a in (patched.x, patched.y, patched.neurons, patched.hidden))
             coded = {name: coder(x, y) for name, coder in coders.items()}
-            sums["clean"]["ce"] += cross_entropy(clean, tokens)
+            sums["clean"]["ce"] += next_token.cross_entropy_and_kl(clean)[0]
             y_hats = {name: c.y_hat for name, c in coded.items()}
             y_hats |= {"affine": x @ A + b, "mean": y_mean.expand_as(y), "zero": torch.zeros_like(y)}
             for name, y_hat in y_hats.items():
-                log_probs = patched(tokens, y_hat.view_as(patched.y))
+                loss, kl = next_token.cross_entropy_and_kl(patched(tokens, y_hat.view_as(patched.y)))
+                sums[name]["ce"] += loss
+                sums[name]["kl"] += kl
                 sums[name]["error"] += (y - y_hat).square().sum(dtype=torch.float64).item()
-                sums[name]["ce"] += cross_entropy(log_probs, tokens)
-                sums[name]["kl"] += (clean.exp() * (clean - log_probs)).sum(dtype=torch.float64).item()
             y_sum += y.sum(0, dtype=torch.float64)
             y_square += y.square().sum(dtype=torch.float64).item()
 
@@ -325,34 +340,28 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, dict]:
 def table(report: dict) -> str:
     """The report as a Markdown table, under 100 columns wide."""
     columns = {
-        "FVU": "fvu",
-        "L0": "l0",
-        "dead %": "dead",
-        "CE increase": "ce_increase",
-        "CE recovered": "ce_recovered",
-        "KL": "kl",
+        "FVU": "{fvu:.4f}",
+        "L0": "{l0:.1f}",
+        "dead %": "{dead:.1%}",
+        "CE increase": "{ce_increase:.4f}",
+        "CE recovered": "{ce_recovered:.1%}",
+        "KL": "{kl:.4f}",
+        "intruder": "{intruder:.3f} ± {intruder_se:.3f}",
     }
-    formats = {
-        "fvu": "{:.4f}",
-        "l0": "{:.1f}",
-        "dead": "{:.1%}",
-        "ce_increase": "{:.4f}",
-        "ce_recovered": "{:.1%}",
-        "kl": "{:.4f}",
-    }
-    lines = []
-    for name, row in [*report["coders"].items(), *report["baselines"].items()]:
-        cells = [formats[key].format(row[key]) if key in row else "" for key in columns.values()]
-        score = f"{row['intruder']:.3f} ± {row['intruder_se']:.3f}" if "intruder" in row else ""
-        lines.append([name, *cells, score])
-    header = ["", *columns, "intruder"]
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-    header, *lines = (
-        [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))]
-        for line in [header, *lines]
-    )
+
+    def cell(template: str, row: dict) -> str:
+        try:
+            return template.format(**row)
+        except KeyError:  # a baseline that has no such number
+            return ""
+
+    rows = {**report["coders"], **report["baselines"]}
+    lines = [["", *columns]]
+    lines += [[name, *(cell(template, row) for template in columns.values())] for name, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines = [[line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))] for line in lines]
     rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *lines])
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
 
 def headline(config: dict, report: dict) -> str:
@@ -365,9 +374,8 @@ def headline(config: dict, report: dict) -> str:
 
 def notes(report: dict) -> list[str]:
     """How to read the table, in plain words."""
-    closed = {name: 1 - row["fvu"] for name, row in report["coders"].items()} | {
-        "affine": 1 - report["baselines"]["affine"]["fvu"]
-    }
+    rows = {**report["coders"], "affine": report["baselines"]["affine"]}
+    closed = {name: 1 - row["fvu"] for name, row in rows.items()}  # of the gap to the mean, whose FVU is 1
     lines = [
         "FVU: share of the variance of the MLP's output that is missed (0 is perfect, predicting the mean is 1). CE"
         " increase: nats/token that the LM loses with the prediction in the MLP's place; the mean in its place recovers 0%.",
