@@ -265,8 +265,9 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, dict]:
     activity = {}
     seen, n, predicted = [], 0, 0  # rows of tokens; tokens they count for; of them those whose next token is predicted
     with tempfile.NamedTemporaryFile() as file:
-        # the last hidden state of every token, on disk: 1.5 GB for 1M tokens of GPT-2
-        hidden = torch.from_file(file.name, shared=True, size=rows_wanted * per_row * d, dtype=torch.bfloat16).view(-1, d)
+        # the last hidden state of every token [N, d], on disk: 1.5 GB for 1M tokens of GPT-2
+        size = rows_wanted * per_row * d
+        hidden = torch.from_file(file.name, shared=True, size=size, dtype=torch.bfloat16).view(-1, d)
         hidden_sum = torch.zeros(d, dtype=torch.float64)
         for tokens in first_rows(held_out, rows_wanted, "held-out"):
             tokens = tokens.to(device)
@@ -304,8 +305,8 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, dict]:
         active = {name: a.sample() for name, a in activity.items()}
         if any(len(latents) < 2 for latents in active.values()):
             raise InputError(
-                f"--tokens {args.tokens}, --latents {args.latents}: fewer than two latents with {MIN_ACTIVE} active tokens"
-                f" to score among the {n:,} held-out tokens read; raise them or give a larger --dataset"
+                f"--tokens {args.tokens}, --latents {args.latents}: fewer than two latents with {MIN_ACTIVE} active"
+                f" tokens to score among the {n:,} held-out tokens read; raise them or give a larger --dataset"
             )
         mean = (hidden_sum / n).float()
         found = {name: intruder_trials(latents, hidden[:n], mean, generator) for name, latents in active.items()}
@@ -367,8 +368,8 @@ def table(report: dict) -> str:
 def headline(config: dict, report: dict) -> str:
     return (
         f"{Path(config['model']).name} {config['hookpoint']}, {report['tokens']:,} held-out tokens, trained on"
-        f" {config['tokens_trained']:,}; cross-entropy clean {report['clean_ce']:.4f}, MLP's output replaced by its mean"
-        f" {report['mean_ablated_ce']:.4f}, by zero {report['zero_ablated_ce']:.4f} nats/token"
+        f" {config['tokens_trained']:,}; cross-entropy clean {report['clean_ce']:.4f}, with the mean of y in the MLP's"
+        f" place {report['mean_ablated_ce']:.4f}, by zero {report['zero_ablated_ce']:.4f} nats/token"
     )
 
 
@@ -378,7 +379,8 @@ def notes(report: dict) -> list[str]:
     closed = {name: 1 - row["fvu"] for name, row in rows.items()}  # of the gap to the mean, whose FVU is 1
     lines = [
         "FVU: share of the variance of the MLP's output that is missed (0 is perfect, predicting the mean is 1). CE"
-        " increase: nats/token that the LM loses with the prediction in the MLP's place; the mean in its place recovers 0%.",
+        " increase: nats/token that the LM loses with the prediction in the MLP's place; the mean in its place recovers"
+        " 0%.",
         "Intruder: how often the odd one out of five contexts is found; chance is 0.2, which null should be within 3"
         " standard errors of. Compare coders with neurons and untrained, and differences with the errors given.",
     ]
@@ -447,9 +449,11 @@ def page_data(seen: Tensor, latents: dict, tokenizer) -> dict:
 def page(config: dict, report: dict, seen: Tensor, latents: dict, tokenizer) -> str:
     """One self-contained HTML page: the table, and the scored latents with their contexts. All text is escaped."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table(report).splitlines()]
-    cells = lambda tag, row: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-    results = f"<thead><tr>{cells('th', rows[0])}</tr></thead><tbody>"
-    results += "".join(f"<tr>{cells('td', row)}</tr>" for row in rows[2:]) + "</tbody>"
+
+    def tr(tag: str, row: list[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+
+    results = f"<thead>{tr('th', rows[0])}</thead><tbody>{''.join(tr('td', row) for row in rows[2:])}</tbody>"
     data = json.dumps(page_data(seen, latents, tokenizer), separators=(",", ":")).replace("<", "\\u003c")
     title = html.escape(f"{Path(config['model']).name} {config['hookpoint']}")
     parts = {"TITLE": title, "HEADLINE": html.escape(headline(config, report)), "RESULTS": results, "DATA": data}
@@ -461,7 +465,8 @@ PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>@TITLE@</title>
 <style>
-:root { color-scheme: light dark; --ink: #1b1b1f; --paper: #fdfdfc; --faint: #6b6b76; --line: #d9d9de; --hot: 234 120 20 }
+:root { color-scheme: light dark; --ink: #1b1b1f; --paper: #fdfdfc; --faint: #6b6b76; --line: #d9d9de;
+  --hot: 234 120 20 }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e6ea; --paper: #16161a; --faint: #9a9aa6; --line: #37373f; --hot: 240 130 30 } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
@@ -487,7 +492,8 @@ article h2 { font-size: 1rem; margin: 0 } h2 small { font-weight: normal; color:
 which the context was drawn.</p>
 <form onsubmit="return false">
 <label>coder <select id="coder"></select></label>
-<label>sort by <select id="sort"><option value="-1">score, high first</option><option value="1">score, low first</option>
+<label>sort by <select id="sort">
+<option value="-1">score, high first</option><option value="1">score, low first</option>
 <option value="-2">density, high first</option><option value="2">density, low first</option>
 <option value="0">number</option></select></label>
 <label>score from <input id="low" type="number" min="0" max="1" step="0.1" value="0"></label>

@@ -97,7 +97,7 @@ class Coded(NamedTuple):
 
 
 class Coder(nn.Module):
-    """One sparse coder. Its parameters have the names and shapes of EleutherAI's `sparsify`, whose file format we write.
+    """One sparse coder. Its parameters have the names and shapes of EleutherAI's `sparsify`, and so have its files.
 
     encoder.weight [M, d], encoder.bias [M], W_dec [M, d] (row j is what latent j writes), b_dec [d], and for the skip
     transcoder W_skip [d, d]. Weights are fp32; `matmul_dtype` is what the two dense matmuls are computed in.
@@ -236,7 +236,7 @@ class TokenBatches(IterableDataset):
             yield error
 
     def packed(self):
-        """Yield the rows [ctx_len] of one pass over the documents of this split and (of several processes) this rank."""
+        """Yield the rows [ctx_len] of one pass over the documents of this split and this rank."""
         eos = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         texts = enumerate(documents(self.dataset, self.subset))
         split = (text for index, text in texts if (index % HELD_OUT == 0) == self.held_out)
@@ -356,8 +356,9 @@ DEFAULT_TOKENS = 50_000_000
 WARM_UP, DECAY = 0.05, 0.5  # shares of the tokens over which the learning rate rises at the start, falls at the end
 BETAS = (0.9, 0.98)  # Adam's; the usual 0.999 remembers a thousand steps, half of a short run
 DEAD = 0.02  # a latent is dead once it was silent for this share of the tokens
-# What a dead latent's bias gains per step until it fires, in standard deviations of the pre-activations. Without it 13%
-# to 36% of the latents die at these learning rates; AuxK alone, the usual cure, changes nothing and costs 5x the time.
+# What a dead latent's bias gains per step until it fires, in standard deviations of the pre-activations. Without it
+# 13% (transcoder) to 36% (SAE) of the latents die at these rates. AuxK, the usual cure, does not help and takes 5x the
+# time in its place.
 WAKE = 0.03
 LOG_EVERY, SAVE_EVERY = 5, 300  # seconds
 
@@ -730,43 +731,32 @@ def quiet_libraries():
 def main():
     parser = Flags(prog="skipcoder.py", description=__doc__.splitlines()[0])
     flag = parser.add_argument
+    # fmt: off
     flag("--layer", type=int, required=True, help="the block whose MLP is coded, counted from 0")
     flag("--model", default="gpt2", help="a decoder on the Hugging Face hub, or a local folder (default %(default)s)")
-    flag(
-        "--dataset",
-        default=DEFAULT_DATASET,
-        help="a data set on the hub, or a local .txt, .jsonl, .json or .parquet"
-        " file (text ones also as .gz) or a folder of them (default %(default)s)",
-    )
+    flag("--dataset", default=DEFAULT_DATASET, help="a data set on the hub, or a local .txt, .jsonl, .json or .parquet "
+         "file (text ones also as .gz) or a folder of them (default %(default)s)")
     flag("--subset", help=f"configuration of a hub data set (default: {DEFAULT_SUBSET} of the default data set)")
     flag("--arch", nargs="+", choices=ARCHS, default=list(ARCHS), help="coders to train (default: all three)")
     flag("--expansion", type=whole, default=32, help="latents M as a multiple of the width d (default %(default)s)")
     flag("--k", type=whole, default=32, help="latents active per token (default %(default)s)")
     flag("--tokens", type=whole, default=DEFAULT_TOKENS, help="tokens to train on (default %(default)s)")
-    flag(
-        "--ctx-len",
-        type=whole,
-        default=256,
-        help="tokens in a row, the first of which is left out (default %(default)s)",
-    )
+    flag("--ctx-len", type=whole, default=256, help="tokens in a row; the first is not used (default %(default)s)")
     flag("--batch-size", type=whole, help="rows in a step (default: grows with --tokens, see default_rows)")
-    flag("--lr", type=positive, help="Adam's learning rate (default: falls with --tokens and d, see default_lr)")
-    flag(
-        "--auxk-alpha",
-        type=not_negative,
-        default=0.0,
-        help="weight of the AuxK loss, 1/32 in Gao et al. (default 0: see WAKE)",
-    )
+    flag("--lr", type=positive, help="Adam's learning rate (default: falls with --tokens, see default_lr)")
+    flag("--auxk-alpha", type=not_negative, default=0.0, help="weight of the AuxK loss (default 0: see WAKE)")
     flag("--seed", type=int, default=0, help="seed of the coders' start and of the order of the rows (default 0)")
     flag("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     flag("--out", help="run directory (default runs/<model>-layer<L>)")
     flag("--overwrite", action="store_true", help="replace the run in --out")
+    # fmt: on
     args = parser.parse_args()
     quiet_libraries()
     try:
         if "LOCAL_RANK" in os.environ:  # started by torchrun: one process per GPU, or several on the CPU
             if args.device == "auto" and torch.cuda.is_available():
                 args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+                torch.cuda.set_device(args.device)
             dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
         args.device = pick_device(args.device)
         args.subset = args.subset or (DEFAULT_SUBSET if args.dataset == DEFAULT_DATASET else None)
