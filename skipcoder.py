@@ -543,8 +543,14 @@ def train(args: argparse.Namespace) -> int:
         print(f"saves to   {out}", flush=True)
 
     stop = []  # signals received
+
+    def on_signal(number: int, _frame):
+        if number == signal.SIGINT in stop:  # a second Ctrl-C does not wait for the step, or for data that does not come
+            raise KeyboardInterrupt
+        stop.append(number)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: stop.append(number))
+        signal.signal(number, on_signal)
     reported_at = saved_at = started_at = time.monotonic()
     tokens = reported_tokens = 0
     variance = torch.zeros((), device=device)  # of y, since the last report
@@ -766,7 +772,7 @@ def main():
     except InputError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        parser.exit(130, "stopped before training began; nothing was saved\n")
+        parser.exit(130, "stopped at once, without saving\n")
 
 
 if __name__ == "__main__":
