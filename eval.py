@@ -79,20 +79,18 @@ class PatchedLM:
 
 
 class NextToken:
-    """Losses of a batch of tokens [rows, ctx_len], summed over positions 1 to ctx_len - 2, given the clean logits.
-
-    The vocabulary is wide, so what takes time is passing over the logits [rows, ctx_len - 2, vocab]: twice per call.
-    """
+    """Losses of a batch of tokens [rows, ctx_len], summed over positions 1 to ctx_len - 2, given the clean logits."""
 
     def __init__(self, clean: Tensor, tokens: Tensor):
-        self.clean, self.next, self.p = clean, tokens[:, 2:, None], clean.softmax(-1)
-        self.log_z = clean.logsumexp(-1)  # [rows, ctx_len - 2]
+        log_p = clean.log_softmax(-1)  # [rows, ctx_len - 2, vocab]
+        self.p, self.next = log_p.exp(), tokens[:, 2:, None]
+        self.negative_entropy = torch.linalg.vecdot(self.p, log_p)  # [rows, ctx_len - 2]
 
     def cross_entropy_and_kl(self, logits: Tensor) -> tuple[float, float]:
-        log_z = logits.logsumexp(-1)
-        cross_entropy = log_z - logits.gather(-1, self.next)[..., 0]
-        kl = torch.linalg.vecdot(self.p, self.clean - logits) + log_z - self.log_z  # sum p (log p - log q)
-        return cross_entropy.sum(dtype=torch.float64).item(), kl.sum(dtype=torch.float64).item()
+        """Cross-entropy with the next tokens and KL(clean || these), of logits [rows, ctx_len - 2, vocab]."""
+        log_q = logits.log_softmax(-1)
+        kl = self.negative_entropy - torch.linalg.vecdot(self.p, log_q)  # sum p (log p - log q)
+        return -log_q.gather(-1, self.next).sum(dtype=torch.float64).item(), kl.sum(dtype=torch.float64).item()
 
 
 class Affine:
@@ -239,7 +237,7 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, dict]:
     training = skipcoder.read_ahead(TokenBatches(*source, once=True))
     held_out = skipcoder.read_ahead(TokenBatches(*source, held_out=True, once=True))
     lm = skipcoder.from_pretrained(AutoModelForCausalLM, config["model"], model, dtype=torch.float32).eval().to(device)
-    _, _, mlp = skipcoder.find_mlp(lm, config["layer"])
+    _, blocks, mlp = skipcoder.find_mlp(lm, config["layer"])
     dtype = skipcoder.matmul_dtype(device)
     per_row = ctx_len - 1  # position 0 does not count
     rows_wanted = math.ceil(args.tokens / per_row)
@@ -247,11 +245,14 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, dict]:
     # training documents give the affine baseline, the mean for mean-ablation, and where an untrained coder starts
     affine = Affine(d, device)
     activations = skipcoder.MLPActivations(lm, mlp, dtype)
+    later = blocks[config["layer"] + 1 :]
+    del blocks[config["layer"] + 1 :]  # not needed for this
     for tokens in first_rows(training, rows_wanted, "affine map"):
         x, y = activations(tokens.to(device))
         if y.shape[1] != d:
             raise InputError(f"{model} {config['model']} has an MLP {y.shape[1]} wide, the coders are {d} wide")
         affine.add(x, y)
+    blocks.extend(later)
     A, b = affine.solve()
     y_mean = (affine.y / affine.n).float()
     untrained = Coder("transcoder", d, config["num_latents"], k, seed=args.seed + 1).to(device).requires_grad_(False)
