@@ -14,6 +14,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 
 import tiny_gpt2  # noqa: E402
 
+torch.set_num_threads(1)  # the tensors are tiny: threads would wait for one another more than they would work
+
 
 @pytest.fixture(scope="session")
 def device():
