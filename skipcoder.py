@@ -145,6 +145,12 @@ HELD_OUT = 10  # every 10th document is for eval.py alone
 SHUFFLE_ROWS = 2048  # rows to draw from: neighbours share their subject, and steps of strangers reach an FVU 15% lower
 
 
+HUB_HINT = (  # said when something cannot be had from the Hugging Face hub
+    "check the name and the connection, or pass a local folder as --model and a local file or folder as --dataset"
+    " (python tests/tiny_gpt2.py makes both offline)"
+)
+
+
 class InputError(Exception):
     """What the user can mend: one line that names the flag and the fix."""
 
@@ -181,7 +187,7 @@ def documents(dataset: str, subset: str | None):
         except InputError:
             raise
         except Exception as error:  # broken JSON or parquet, hub out of reach, no such data set, ...
-            hint = "" if path.exists() else "; check the name and the connection, or pass a local file or folder"
+            hint = "" if path.exists() else f"; {HUB_HINT}"
             raise InputError(f"--dataset {name}: {first_line(error)}{hint}") from error
 
 
@@ -302,10 +308,7 @@ def from_pretrained(auto_class, name: str, flag: str = "--model", **options):
                 raise
             return auto_class.from_pretrained(name, **options)
     except Exception as error:  # OSError for a wrong name or no connection; nearly anything for broken files
-        raise InputError(
-            f"{flag} {name}: {first_line(error)}; check the name and the connection, or pass local folders as --model"
-            " and --dataset (python tests/tiny_gpt2.py makes both offline)"
-        ) from error
+        raise InputError(f"{flag} {name}: {first_line(error)}; {HUB_HINT}") from error
 
 
 def find_mlp(lm: nn.Module, layer: int) -> tuple[str, nn.ModuleList, nn.Module]:
@@ -357,8 +360,8 @@ WARM_UP, DECAY = 0.05, 0.5  # shares of the tokens over which the learning rate 
 BETAS = (0.9, 0.98)  # Adam's; the usual 0.999 remembers a thousand steps, half of a short run
 DEAD = 0.02  # a latent is dead once it was silent for this share of the tokens
 # What a dead latent's bias gains per step until it fires, in standard deviations of the pre-activations. Without it
-# 13% (transcoder) to 36% (SAE) of the latents die at these rates. AuxK, the usual cure, does not help and takes 5x the
-# time in its place.
+# 13% (transcoder) to 36% (SAE) of the latents die at these rates. AuxK, the usual cure, in its place leaves 13% of the
+# transcoder's dead and takes 5x the time (README).
 WAKE = 0.03
 LOG_EVERY, SAVE_EVERY = 5, 300  # seconds
 
@@ -384,8 +387,8 @@ class Trainer:
         coder.b_dec.data = y_mean
         if coder.arch != "sae":
             coder.encoder.bias.data = -(coder.encoder.weight.data @ x_mean)  # [M, d] @ [d] -> [M]
-        # Adam moves each number by about lr whatever its gradient, so each parameter needs its lr in its own units: the
-        # scales of x and y differ by orders of magnitude from layer to layer and from model to model
+        # Adam moves each number by about lr whatever its gradient, so each parameter needs its lr in its own units: x
+        # and y have scales of their own in each layer and model
         self.z_scale = y_scale if coder.arch == "sae" else x_scale  # of pre-activations: W_enc has unit rows
         units = {
             "encoder.weight": 1.0,
@@ -545,7 +548,7 @@ def train(args: argparse.Namespace) -> int:
     stop = []  # signals received
 
     def on_signal(number: int, _frame):
-        if number == signal.SIGINT in stop:  # a second Ctrl-C does not wait for the step, or for data that does not come
+        if number == signal.SIGINT in stop:  # a second Ctrl-C does not wait for a step or for data
             raise KeyboardInterrupt
         stop.append(number)
 
@@ -641,9 +644,11 @@ def save_run(out: Path, config: dict, coders: list[Coder]):
         }
         write(folder / "cfg.json", json.dumps(cfg, indent=2) + "\n")
     write(out / "config.json", json.dumps(config, indent=2) + "\n")
-    for cfg in out.glob("*/*/cfg.json"):  # coders of the run that this one replaces
-        if cfg.parent not in folders:
-            shutil.rmtree(cfg.parent.parent if cfg.parent.parent.name not in config["arch"] else cfg.parent)
+    if config["overwrite"]:  # remove what only the run had that this one replaces, and nothing else
+        stale = [out / arch for arch in ARCHS if arch not in config["arch"]]
+        stale += [folder for arch in config["arch"] for folder in (out / arch).iterdir() if folder not in folders]
+        for folder in stale:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_writable(flag: str, path: Path):
@@ -760,7 +765,7 @@ def main():
     quiet_libraries()
     try:
         if "LOCAL_RANK" in os.environ:  # started by torchrun: one process per GPU, or several on the CPU
-            if args.device == "auto" and torch.cuda.is_available():
+            if args.device in ("auto", "cuda") and torch.cuda.is_available():
                 args.device = f"cuda:{os.environ['LOCAL_RANK']}"
                 torch.cuda.set_device(args.device)
             dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")

@@ -140,6 +140,7 @@ def test_hub_out_of_reach(tiny, tmp_path):
     )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "--dataset HuggingFaceFW/fineweb" in done.stderr and "local file or folder" in done.stderr
+    assert "tests/tiny_gpt2.py" in done.stderr
 
 
 @pytest.fixture

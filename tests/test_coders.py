@@ -112,6 +112,8 @@ def test_steps(device):
                 trainer.step(x, y * scale, variance, 1)
             reached[arch, scale] = (trainer.squared_error / variance).item()
             assert reached[arch, scale] < 0.2
+            if arch == "sae":
+                torch.testing.assert_close(coder.W_dec.data.norm(dim=1), torch.ones(M, device=device))
             active = torch.zeros(M, dtype=torch.bool, device=device)
             out = coder(x, y * scale)
             active[out.indices[out.acts > 0]] = True

@@ -185,6 +185,16 @@ def test_an_existing_run_is_replaced_only_when_told_to(trained, tiny, tmp_path):
     assert not (out / "transcoder").exists()  # nothing of the old run is left beside the new one
 
 
+def test_other_folders_in_out_are_left_alone(tiny, tmp_path):
+    """A folder with coders of something else may hold a run as well: saving removes none of them, told to or not."""
+    other = tmp_path / "run" / "mine" / "h.1.mlp"
+    other.mkdir(parents=True)
+    (other / "cfg.json").write_text("{}")
+    for more in ((), ("--overwrite",)):
+        assert run("skipcoder.py", *flags(tiny, tmp_path / "run"), "--arch", "sae", *more).returncode == 0
+        assert (other / "cfg.json").read_text() == "{}"
+
+
 SIZES = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2)
 FAMILIES = {
     "gpt2": (GPT2LMHeadModel, GPT2Config(vocab_size=64, n_embd=16, n_layer=3, n_head=2, n_positions=32), "h.1.mlp"),
