@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.pytorch_utils import Conv1D
 
@@ -236,9 +236,9 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, dict]:
     source = (args.dataset, args.subset, tokenizer, ctx_len, rows)
     training = skipcoder.read_ahead(TokenBatches(*source, once=True))
     held_out = skipcoder.read_ahead(TokenBatches(*source, held_out=True, once=True))
-    lm = skipcoder.from_pretrained(AutoModelForCausalLM, config["model"], model, dtype=torch.float32).eval().to(device)
-    _, blocks, mlp = skipcoder.find_mlp(lm, config["layer"])
     dtype = skipcoder.matmul_dtype(device)
+    lm = skipcoder.load_lm(config["model"], device, dtype, model)
+    _, blocks, mlp = skipcoder.find_mlp(lm, config["layer"])
     per_row = ctx_len - 1  # position 0 does not count
     rows_wanted = math.ceil(args.tokens / per_row)
 
@@ -555,6 +555,7 @@ def main():
     flag("--subset", help="configuration of that data set (default: the run's)")
     args = parser.parse_args()
     skipcoder.quiet_libraries()
+    skipcoder.keep_freed_memory()
     try:
         args.device = skipcoder.pick_device(args.device)
         config, coders = skipcoder.load_run(args.run, args.device)

@@ -18,6 +18,7 @@ Read on in this order: coders, tokens, activations, training, files, flags. eval
 """
 
 import argparse
+import ctypes
 import json
 import logging
 import math
@@ -40,6 +41,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 ARCHS = ("sae", "transcoder", "skip_transcoder")
@@ -47,6 +49,22 @@ ARCHS = ("sae", "transcoder", "skip_transcoder")
 # ---------------------------------------------------------------------------------------------------------------------
 # Coders
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest entries of each row of pre [N, M] and where they are, [N, k] each, not sorted.
+
+    Exact, and in two stages, which takes 0.6 of the time of topk on whole rows: with a row cut into groups of 16, its k
+    largest entries are among the k groups whose maxima are largest.
+    """
+    N, M = pre.shape
+    size = math.gcd(M, 16)
+    groups = pre.view(N, size, M // size)  # the entries j, j + M / size, j + 2 M / size, ... are one group
+    best = groups.amax(1).topk(min(k, M // size), sorted=False).indices  # [N, k], or all groups if there are fewer
+    candidates = groups.gather(2, best[:, None].expand(-1, size, -1))  # [N, size, k]
+    z, which = candidates.flatten(1).topk(k, sorted=False)  # [N, size * k] -> [N, k]
+    row, column = which // best.shape[1], which % best.shape[1]
+    return z, row * (M // size) + best.gather(1, column)
 
 
 class SparseMLP(torch.autograd.Function):
@@ -62,7 +80,7 @@ class SparseMLP(torch.autograd.Function):
     def forward(ctx, x, shift, W_enc, b_enc, W_dec, k, dtype):
         x = x if shift is None else x - shift
         pre = F.linear(x.to(dtype), W_enc.to(dtype), b_enc.to(dtype))  # [N, d] @ [d, M] -> [N, M]
-        z, idx = pre.topk(k, sorted=False)  # [N, k] each
+        z, idx = topk(pre, k)  # [N, k] each
         z = z.relu().to(W_dec.dtype)
         ctx.save_for_backward(x, W_enc, W_dec, z, idx)
         ctx.mark_non_differentiable(z, idx)
@@ -311,6 +329,18 @@ def from_pretrained(auto_class, name: str, flag: str = "--model", **options):
         raise InputError(f"{flag} {name}: {first_line(error)}; {HUB_HINT}") from error
 
 
+def load_lm(name: str, device: torch.device, dtype: torch.dtype, flag: str = "--model") -> nn.Module:
+    """The LM in fp32, for forward passes under autocast to `dtype`; raises InputError."""
+    config = from_pretrained(AutoConfig, name, flag)
+    if getattr(config, "activation_function", None) == "gelu_new":  # GPT-2's, as eight kernels
+        config.activation_function = "gelu_pytorch_tanh"  # the same function as one: 30% off the LM's time on a CPU
+    lm = from_pretrained(AutoModelForCausalLM, name, flag, config=config, dtype=torch.float32).eval().to(device)
+    for module in lm.base_model.modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            module.to(dtype)  # as autocast would at every step
+    return lm
+
+
 def find_mlp(lm: nn.Module, layer: int) -> tuple[str, nn.ModuleList, nn.Module]:
     """Return the hookpoint (the MLP's name under the base model, "h.6.mlp"), the list of blocks, and the MLP itself.
 
@@ -505,7 +535,7 @@ def train(args: argparse.Namespace) -> int:
     tokenizer = from_pretrained(AutoTokenizer, args.model)
     share = {"rows": args.batch_size // world_size(), "rank": rank, "world": world_size()}
     batches = read_ahead(TokenBatches(args.dataset, args.subset, tokenizer, args.ctx_len, seed=args.seed, **share))
-    lm = from_pretrained(AutoModelForCausalLM, args.model, dtype=torch.float32).eval().to(device)
+    lm = load_lm(args.model, device, dtype)
     hookpoint, blocks, mlp = find_mlp(lm, args.layer)
     del blocks[args.layer + 1 :]  # nobody reads what they write; the LM head is never called either
     activations = MLPActivations(lm, mlp, dtype)
@@ -732,6 +762,15 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
+def keep_freed_memory():
+    """Tell glibc to keep memory that was freed: new pages for the tensors of each step take 7 to 15% of a CPU step."""
+    if platform.libc_ver()[0] == "glibc":
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def quiet_libraries():
     """Hide the warnings, retries and bars of the libraries: what matters of them we say in a line of our own."""
     for library in ("transformers", "huggingface_hub"):
@@ -763,6 +802,7 @@ def main():
     # fmt: on
     args = parser.parse_args()
     quiet_libraries()
+    keep_freed_memory()
     try:
         if "LOCAL_RANK" in os.environ:  # started by torchrun: one process per GPU, or several on the CPU
             if args.device in ("auto", "cuda") and torch.cuda.is_available():
