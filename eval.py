@@ -21,6 +21,7 @@ import json
 import math
 import re
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -78,19 +79,47 @@ class PatchedLM:
         return logits[:, 1:-1].float()
 
 
-class NextToken:
-    """Losses of a batch of tokens [rows, ctx_len], summed over positions 1 to ctx_len - 2, given the clean logits."""
+class Losses:
+    """Sums over the sample, for each thing in the MLP's place, of squared error, cross-entropy and KL."""
 
-    def __init__(self, clean: Tensor, tokens: Tensor):
-        log_p = clean.log_softmax(-1)  # [rows, ctx_len - 2, vocab]
-        self.p, self.next = log_p.exp(), tokens[:, 2:, None]
+    def __init__(self, d: int, device: torch.device):
+        self.error, self.ce, self.kl = Counter(), Counter(), Counter()
+        self.tokens = self.predicted = 0  # tokens that count; those among them whose next token is predicted
+        self.y = torch.zeros(d, dtype=torch.float64, device=device)  # sum of y
+        self.y_square = 0.0  # sum of |y|^2
+
+    def start(self, tokens: Tensor, logits: Tensor, y: Tensor):
+        """A new batch: tokens [rows, ctx_len], the clean LM's logits [rows, ctx_len - 2, vocab] and y [N, d] there."""
+        log_p = logits.log_softmax(-1)  # [rows, ctx_len - 2, vocab]
+        self.next, self.p = tokens[:, 2:, None], log_p.exp()
         self.negative_entropy = torch.linalg.vecdot(self.p, log_p)  # [rows, ctx_len - 2]
+        self.tokens += len(y)
+        self.predicted += self.next.numel()
+        self.y += y.sum(0, dtype=torch.float64)
+        self.y_square += total(y.square())
+        self.ce["clean"] -= total(log_p.gather(-1, self.next))
 
-    def cross_entropy_and_kl(self, logits: Tensor) -> tuple[float, float]:
-        """Cross-entropy with the next tokens and KL(clean || these), of logits [rows, ctx_len - 2, vocab]."""
+    def add(self, name: str, squared_error: Tensor, logits: Tensor):
+        """What `name` made of the batch: squared error [N, d], logits [rows, ctx_len - 2, vocab] with it in place."""
         log_q = logits.log_softmax(-1)
-        kl = self.negative_entropy - torch.linalg.vecdot(self.p, log_q)  # sum p (log p - log q)
-        return -log_q.gather(-1, self.next).sum(dtype=torch.float64).item(), kl.sum(dtype=torch.float64).item()
+        self.error[name] += total(squared_error)
+        self.ce[name] -= total(log_q.gather(-1, self.next))
+        self.kl[name] += total(self.negative_entropy - torch.linalg.vecdot(self.p, log_q))  # sum p (log p - log q)
+
+    def report(self, name: str) -> dict[str, float]:
+        variance = self.y_square - self.y.square().sum().item() / self.tokens  # sum |y - mean(y)|^2
+        ce, clean, mean = (self.ce[key] / self.predicted for key in (name, "clean", "mean"))
+        return {
+            "fvu": self.error[name] / variance,
+            "ce": ce,
+            "ce_increase": ce - clean,
+            "ce_recovered": (mean - ce) / (mean - clean),
+            "kl": self.kl[name] / self.predicted,
+        }
+
+
+def total(a: Tensor) -> float:
+    return a.sum(dtype=torch.float64).item()
 
 
 class Affine:
@@ -114,13 +143,13 @@ class Affine:
         self.xx += x.T @ x
         self.xy += x.T @ y
 
-    def solve(self) -> tuple[Tensor, Tensor]:
-        """A [d, d] and b [d] of y_hat = x A + b, in fp32."""
+    def solve(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A [d, d] and b [d] of y_hat = x A + b, and the means [d] of x and y, in fp32."""
         x, y = self.x / self.n, self.y / self.n
         covariance = self.xx / self.n - x.outer(x)
         covariance += 1e-6 * covariance.diagonal().mean() * torch.eye(len(x), device=x.device)
         A = torch.linalg.solve(covariance, self.xy / self.n - x.outer(y))
-        return A.float(), (y - x @ A).float()
+        return A.float(), (y - x @ A).float(), x.float(), y.float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,76 +258,67 @@ def first_rows(batches, rows: int, what: str):
 def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, dict]:
     """Return the report (what --json writes) and what --html shows: tokens, scored latents and the tokenizer."""
     device, ctx_len, d, k = args.device, config["ctx_len"], config["d"], config["k"]
+    dtype = skipcoder.matmul_dtype(device)
     generator = torch.Generator().manual_seed(args.seed)
     model = f"RUN {args.run}: its model"
     tokenizer = skipcoder.from_pretrained(AutoTokenizer, config["model"], model)
     rows = max(1, 2048 // ctx_len)  # log-probabilities over the vocabulary are large: few at a time
+    rows_wanted = math.ceil(args.tokens / (ctx_len - 1))  # position 0 does not count
     source = (args.dataset, args.subset, tokenizer, ctx_len, rows)
     training = skipcoder.read_ahead(TokenBatches(*source, once=True))
     held_out = skipcoder.read_ahead(TokenBatches(*source, held_out=True, once=True))
-    dtype = skipcoder.matmul_dtype(device)
     lm = skipcoder.load_lm(config["model"], device, dtype, model)
     _, blocks, mlp = skipcoder.find_mlp(lm, config["layer"])
-    per_row = ctx_len - 1  # position 0 does not count
-    rows_wanted = math.ceil(args.tokens / per_row)
 
     # training documents give the affine baseline, the mean for mean-ablation, and where an untrained coder starts
     affine = Affine(d, device)
     activations = skipcoder.MLPActivations(lm, mlp, dtype)
     later = blocks[config["layer"] + 1 :]
-    del blocks[config["layer"] + 1 :]  # not needed for this
+    del blocks[config["layer"] + 1 :]  # for this pass alone
     for tokens in first_rows(training, rows_wanted, "affine map"):
         x, y = activations(tokens.to(device))
         if y.shape[1] != d:
             raise InputError(f"{model} {config['model']} has an MLP {y.shape[1]} wide, the coders are {d} wide")
         affine.add(x, y)
     blocks.extend(later)
-    A, b = affine.solve()
-    y_mean = (affine.y / affine.n).float()
+    A, b, x_mean, y_mean = affine.solve()
     untrained = Coder("transcoder", d, config["num_latents"], k, seed=args.seed + 1).to(device).requires_grad_(False)
-    untrained.encoder.bias.data = -untrained.encoder.weight @ (affine.x / affine.n).float()
+    untrained.encoder.bias.data = -untrained.encoder.weight @ x_mean
     for coder in (*coders.values(), untrained):
         coder.matmul_dtype = dtype
 
     patched = PatchedLM(lm, mlp, dtype)
-    sums = {name: {"error": 0.0, "ce": 0.0, "kl": 0.0} for name in ("clean", *coders, "affine", "mean", "zero")}
-    y_sum, y_square = torch.zeros(d, dtype=torch.float64, device=device), 0.0
-    activity = {}
-    seen, n, predicted = [], 0, 0  # rows of tokens; tokens they count for; of them those whose next token is predicted
+    losses = Losses(d, device)
+    activity, seen = {}, []
     with tempfile.NamedTemporaryFile() as file:
-        # the last hidden state of every token [N, d], on disk: 1.5 GB for 1M tokens of GPT-2
-        size = rows_wanted * per_row * d
-        hidden = torch.from_file(file.name, shared=True, size=size, dtype=torch.bfloat16).view(-1, d)
+        # the last hidden state of every token, on disk: 1.5 GB for 1M tokens of GPT-2
+        size = rows_wanted * (ctx_len - 1) * d
+        hidden = torch.from_file(file.name, shared=True, size=size, dtype=torch.bfloat16).view(-1, d)  # [N, d]
         hidden_sum = torch.zeros(d, dtype=torch.float64)
         for tokens in first_rows(held_out, rows_wanted, "held-out"):
             tokens = tokens.to(device)
-            clean = patched(tokens)  # [rows, ctx_len - 2, vocab]
-            next_token = NextToken(clean, tokens)
+            logits = patched(tokens)  # [rows, ctx_len - 2, vocab]
             x, y, neurons, h = (a.flatten(0, 1) for a in (patched.x, patched.y, patched.neurons, patched.hidden))
-            coded = {name: coder(x, y) for name, coder in coders.items()}
-            sums["clean"]["ce"] += next_token.cross_entropy_and_kl(clean)[0]
-            y_hats = {name: c.y_hat for name, c in coded.items()}
-            y_hats |= {"affine": x @ A + b, "mean": y_mean.expand_as(y), "zero": torch.zeros_like(y)}
-            for name, y_hat in y_hats.items():
-                loss, kl = next_token.cross_entropy_and_kl(patched(tokens, y_hat.view_as(patched.y)))
-                sums[name]["ce"] += loss
-                sums[name]["kl"] += kl
-                sums[name]["error"] += (y - y_hat).square().sum(dtype=torch.float64).item()
-            y_sum += y.sum(0, dtype=torch.float64)
-            y_square += y.square().sum(dtype=torch.float64).item()
+            seen.append(tokens.cpu())
+            hidden[losses.tokens :][: len(h)] = h.cpu()
+            hidden_sum += h.sum(0, dtype=torch.float64).cpu()
 
+            coded = {name: coder(x, y) for name, coder in coders.items()}
             active = {name: (c.acts, c.indices) for name, c in coded.items()}
-            active["neurons"] = neurons.topk(k, sorted=False)
-            active["untrained"] = untrained(x, y)[1:]
+            active |= {"neurons": neurons.topk(k, sorted=False), "untrained": untrained(x, y)[1:]}
             for name, (acts, indices) in active.items():
                 if name not in activity:
                     width = neurons.shape[1] if name == "neurons" else config["num_latents"]
                     activity[name] = Activity(width, args.latents, generator)
-                activity[name].add(acts, indices, n)
-            hidden[n : n + len(h)] = h.cpu()
-            hidden_sum += h.sum(0, dtype=torch.float64).cpu()
-            seen.append(tokens.cpu())
-            n, predicted = n + len(h), predicted + clean[..., 0].numel()
+                activity[name].add(acts, indices, losses.tokens)
+
+            losses.start(tokens, logits, y)
+            y_hats = {name: c.y_hat for name, c in coded.items()}
+            y_hats |= {"affine": x @ A + b, "mean": y_mean.expand_as(y), "zero": torch.zeros_like(y)}
+            for name, y_hat in y_hats.items():
+                losses.add(name, (y - y_hat).square(), patched(tokens, y_hat.view_as(patched.y)))
+
+        n = losses.tokens
         if n == 0:
             raise InputError(
                 f"--dataset {args.dataset}: every 10th document is held out, and they fill no row of {ctx_len} tokens"
@@ -314,28 +334,18 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, dict]:
         random_tokens = torch.randint(n, (args.latents, TRIALS, SHOWN + 1), generator=generator)
         found["null"] = found_last(random_tokens, hidden, mean)
 
-    variance = y_square - y_sum.square().sum().item() / n  # sum |y - mean(y)|^2
-    ce = {name: total["ce"] / predicted for name, total in sums.items()}
-
-    def losses(name: str) -> dict:
-        return {
-            "fvu": sums[name]["error"] / variance,
-            "ce": ce[name],
-            "ce_increase": ce[name] - ce["clean"],
-            "ce_recovered": (ce["mean"] - ce[name]) / (ce["mean"] - ce["clean"]),
-            "kl": sums[name]["kl"] / predicted,
-        }
-
+    density = {name: a.count.double() / n for name, a in activity.items()}  # [M] share of tokens
+    ce = {name: losses.report(name)["ce"] for name in ("clean", "mean", "zero")}
     report = {"tokens": n, "clean_ce": ce["clean"], "mean_ablated_ce": ce["mean"], "zero_ablated_ce": ce["zero"]}
     report["coders"] = {
-        name: losses(name)
-        | {"l0": activity[name].count.sum().item() / n, "dead": (activity[name].count == 0).double().mean().item()}
+        name: losses.report(name)
+        | {"l0": density[name].sum().item(), "dead": (density[name] == 0).double().mean().item()}
         | summary(found[name])
         for name in coders
     }
-    report["baselines"] = {"affine": losses("affine")}
+    report["baselines"] = {"affine": losses.report("affine")}
     report["baselines"] |= {name: summary(found[name]) for name in ("neurons", "untrained", "null")}
-    latents = {name: (active[name], found[name], activity[name].count / n) for name in (*coders, "neurons")}
+    latents = {name: (active[name], found[name], density[name]) for name in (*coders, "neurons")}
     return report, (torch.cat(seen), latents, tokenizer)
 
 

@@ -430,7 +430,7 @@ class Trainer:
         groups = [{"params": [p], "unit": units[name]} for name, p in coder.named_parameters()]
         self.optimizer = torch.optim.Adam(groups, lr=lr, betas=BETAS, fused=True)
         self.silent = torch.zeros(len(coder.W_dec), dtype=torch.int64, device=x.device)  # [M] tokens since last active
-        self.squared_error = torch.zeros((), device=x.device)
+        self.squared_error, self.variance = torch.zeros(2, device=x.device)  # since the last report
 
     def step(self, x: Tensor, y: Tensor, variance: Tensor, lr_factor: float):
         """One Adam step on the loss over x, y [N, d]; `variance` is sum |y - mean(y)|^2 over the batch."""
@@ -450,6 +450,7 @@ class Trainer:
         sum_over_processes(active, squared_error, *(p.grad for p in coder.parameters()))
         self.silent = torch.where(active > 0, 0, self.silent + len(x) * world_size())
         self.squared_error += squared_error
+        self.variance += variance
 
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * lr_factor * group["unit"]
@@ -471,8 +472,16 @@ class Trainer:
         error_hat, _, _ = self.coder.sparse_mlp(x, y, dead, k_aux)  # [N, d]
         return (error - error_hat).square().sum()
 
-    def dead_fraction(self) -> float:
-        return (self.silent >= self.dead_after).float().mean().item()
+    def report(self) -> tuple[float, float]:
+        """FVU since the last report, and the share of the latents that are dead now."""
+        fvu = (self.squared_error / self.variance).item()
+        self.squared_error.zero_()
+        self.variance.zero_()
+        return fvu, (self.silent >= self.dead_after).float().mean().item()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
@@ -516,24 +525,25 @@ def any_process(*flags) -> list[bool]:
     return (counts > 0).tolist()
 
 
-def train(args: argparse.Namespace) -> int:
-    """Train the coders `args.arch` on one stream of activations and save them to `args.out`. Return the exit code."""
-    device, dtype = args.device, matmul_dtype(args.device)
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    out = args.out
+def check(args: argparse.Namespace):
+    """Raise InputError where flags do not fit together, or do not fit the model or the disk."""
     if args.batch_size % world_size():
         raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {world_size()} processes")
     limit = getattr(from_pretrained(AutoConfig, args.model), "max_position_embeddings", math.inf)
     if not 3 <= args.ctx_len <= limit:  # of the first token nothing is used, of the last one eval.py has no loss
         raise InputError(f"--ctx-len {args.ctx_len}: at least 3 and, for this model, at most {limit} tokens")
-    if (out / "config.json").exists() and not args.overwrite:
-        raise InputError(f"--out {out} holds a run: pass --overwrite to replace it, or another --out")
-    if rank == 0:
-        check_writable("--out", out / "config.json")
+    if (args.out / "config.json").exists() and not args.overwrite:
+        raise InputError(f"--out {args.out} holds a run: pass --overwrite to replace it, or another --out")
+    if rank() == 0:
+        check_writable("--out", args.out / "config.json")
 
+
+def set_up(args: argparse.Namespace):
+    """Start to read and load the LM. Return the run's config, the batches, the activations and a Trainer per coder."""
+    device, dtype = args.device, matmul_dtype(args.device)
     # the data goes first: reading runs ahead in a process of its own while the LM loads
     tokenizer = from_pretrained(AutoTokenizer, args.model)
-    share = {"rows": args.batch_size // world_size(), "rank": rank, "world": world_size()}
+    share = {"rows": args.batch_size // world_size(), "rank": rank(), "world": world_size()}
     batches = read_ahead(TokenBatches(args.dataset, args.subset, tokenizer, args.ctx_len, seed=args.seed, **share))
     lm = load_lm(args.model, device, dtype)
     hookpoint, blocks, mlp = find_mlp(lm, args.layer)
@@ -545,56 +555,62 @@ def train(args: argparse.Namespace) -> int:
     num_latents = args.expansion * d
     if args.k > num_latents:
         raise InputError(f"--k {args.k}: there are {num_latents} latents (--expansion {args.expansion} x {d})")
-    step_tokens = args.batch_size * (args.ctx_len - 1)
-    steps = math.ceil(args.tokens / step_tokens)
     trainers = {}
-    lr = args.lr or default_lr(steps * step_tokens)
     for arch in args.arch:
         try:
             coder = Coder(arch, d, num_latents, args.k, args.seed).to(device)
             coder.matmul_dtype = dtype
-            trainers[arch] = Trainer(coder, x, y, lr, args.auxk_alpha, DEAD * args.tokens)
+            trainers[arch] = Trainer(coder, x, y, args.lr, args.auxk_alpha, DEAD * args.tokens)
         except (RuntimeError, MemoryError):  # what torch raises when it cannot allocate
             raise InputError(f"--expansion {args.expansion}: not enough memory for {num_latents:,} latents, lower it")
 
-    config = {
-        name: str(value) if isinstance(value, (Path, torch.device)) else value for name, value in vars(args).items()
-    }
-    config |= {"hookpoint": hookpoint, "d": d, "num_latents": num_latents, "lr": lr, "matmul_dtype": str(dtype)[6:]}
-    config |= {name: str(Path(config[name]).resolve()) for name in ("model", "dataset") if Path(config[name]).exists()}
+    config = vars(args) | {"hookpoint": hookpoint, "d": d, "num_latents": num_latents, "matmul_dtype": str(dtype)[6:]}
+    config |= {key: Path(config[key]).resolve() for key in ("model", "dataset") if Path(config[key]).exists()}
     config["versions"] = {name: version(name) for name in ("torch", "transformers", "datasets")}
     config["versions"]["python"] = platform.python_version()
-    if rank == 0:
+    if rank() == 0:
         gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
         print(f"model      {args.model}: {type(lm).__name__}, d {d}")
         print(f"hookpoint  {hookpoint}")
         print(f"coders     {', '.join(args.arch)}: M {num_latents:,} latents, k {args.k}")
         print(f"device     {device}{gpu} x {world_size()}, matmuls in {config['matmul_dtype']}")
-        print(
-            f"data       {args.dataset}: {steps * step_tokens:,} tokens, {step_tokens:,} a step, learning rate {lr:.2g}"
-        )
-        print(f"saves to   {out}", flush=True)
+    return config, chain([first], batches), activations, trainers
 
-    stop = []  # signals received
+
+def note_signals() -> list[int]:
+    """From now on SIGINT and SIGTERM are only noted, in this list; a second Ctrl-C raises KeyboardInterrupt."""
+    stop = []
 
     def on_signal(number: int, _frame):
-        if number == signal.SIGINT in stop:  # a second Ctrl-C does not wait for a step or for data
+        if number == signal.SIGINT in stop:  # the second does not wait for a step or for data
             raise KeyboardInterrupt
         stop.append(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
+    return stop
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train the coders `args.arch` on one stream of activations and save them to `args.out`. Return the exit code."""
+    check(args)
+    config, batches, activations, trainers = set_up(args)
+    step_tokens = args.batch_size * (args.ctx_len - 1)
+    steps = math.ceil(args.tokens / step_tokens)
+    if rank() == 0:
+        amounts = f"{steps * step_tokens:,} tokens, {step_tokens:,} a step, learning rate {args.lr:.2g}"
+        print(f"data       {args.dataset}: {amounts}")
+        print(f"saves to   {args.out}", flush=True)
+    stop = note_signals()
     reported_at = saved_at = started_at = time.monotonic()
     tokens = reported_tokens = 0
-    variance = torch.zeros((), device=device)  # of y, since the last report
     log = ""
-    with tqdm(total=steps * step_tokens, unit="tok", unit_scale=True, disable=rank > 0) as bar:
-        for step, batch in enumerate(islice(chain([first], batches), steps)):
-            x, y = activations(batch.to(device, non_blocking=True))
-            _, batch_variance = mean_and_variance(y)
-            variance += batch_variance
+    with tqdm(total=steps * step_tokens, unit="tok", unit_scale=True, disable=rank() > 0) as bar:
+        for step, batch in enumerate(islice(batches, steps)):
+            x, y = activations(batch.to(args.device, non_blocking=True))  # [rows * (ctx_len - 1), d] each
+            _, variance = mean_and_variance(y)
             for trainer in trainers.values():
-                trainer.step(x, y, batch_variance, lr_schedule((step + 0.5) / steps))
+                trainer.step(x, y, variance, lr_schedule((step + 0.5) / steps))
             tokens += step_tokens
             bar.update(step_tokens)
 
@@ -606,32 +622,28 @@ def train(args: argparse.Namespace) -> int:
             )
             if not (ending or saving or reporting):
                 continue
-            fvu = {arch: (trainer.squared_error / variance).item() for arch, trainer in trainers.items()}
-            dead = {arch: trainer.dead_fraction() for arch, trainer in trainers.items()}
+            reports = {arch: trainer.report() for arch, trainer in trainers.items()}
+            fvu = {arch: report[0] for arch, report in reports.items()}
+            dead = {arch: report[1] for arch, report in reports.items()}
             if not all(map(math.isfinite, fvu.values())):
-                raise InputError(
-                    f"--lr {lr:g}: the loss is not finite after {tokens:,} tokens, try a lower one; "
-                    + (f"the last save in {out} is kept" if saved_at > started_at else "nothing was saved")
-                )
+                kept = f"the last save in {args.out} is kept" if saved_at > started_at else "nothing was saved"
+                raise InputError(f"--lr {args.lr:g}: the loss is not finite after {tokens:,} tokens, lower it; {kept}")
             bar.set_postfix_str(", ".join(f"{arch} FVU {fvu[arch]:.3f} dead {dead[arch]:.1%}" for arch in trainers))
             speed = round((tokens - reported_tokens) / (now - reported_at))
             log += json.dumps({"tokens": tokens, "tokens_per_s": speed, "fvu": fvu, "dead": dead}) + "\n"
-            if rank == 0:
-                write(out / "log.jsonl", log)
-            for total in (variance, *(trainer.squared_error for trainer in trainers.values())):
-                total.zero_()
             reported_at, reported_tokens = now, tokens
             if ending or saving:
                 saved_at = now
-                if rank == 0:
-                    save_run(
-                        out, config | {"tokens_trained": tokens}, [trainer.coder for trainer in trainers.values()]
-                    )
+            if rank() == 0:
+                write(args.out / "log.jsonl", log)
+                if ending or saving:
+                    coders = [trainer.coder for trainer in trainers.values()]
+                    save_run(args.out, config | {"tokens_trained": tokens}, coders)
             if ending:
                 break
-    if rank == 0:
+    if rank() == 0:
         how = f"stopped by {signal.Signals(stop[0]).name}" if stop else "done"
-        print(f"{how} after {tokens:,} tokens, saved to {out}; next: python eval.py {out}")
+        print(f"{how} after {tokens:,} tokens, saved to {args.out}; next: python eval.py {args.out}")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -673,7 +685,7 @@ def save_run(out: Path, config: dict, coders: list[Coder]):
             "d_in": config["d"],
         }
         write(folder / "cfg.json", json.dumps(cfg, indent=2) + "\n")
-    write(out / "config.json", json.dumps(config, indent=2) + "\n")
+    write(out / "config.json", json.dumps(config, indent=2, default=str) + "\n")  # str: of paths and the device
     if config["overwrite"]:  # remove what only the run had that this one replaces, and nothing else
         stale = [out / arch for arch in ARCHS if arch not in config["arch"]]
         stale += [folder for arch in config["arch"] for folder in (out / arch).iterdir() if folder not in folders]
@@ -812,6 +824,7 @@ def main():
         args.device = pick_device(args.device)
         args.subset = args.subset or (DEFAULT_SUBSET if args.dataset == DEFAULT_DATASET else None)
         args.batch_size = args.batch_size or default_rows(args.tokens, args.ctx_len * world_size()) * world_size()
+        args.lr = args.lr or default_lr(args.tokens)
         args.out = Path(args.out or f"runs/{Path(args.model).resolve().name}-layer{args.layer}")
         sys.exit(train(args))
     except InputError as error:
