@@ -34,7 +34,9 @@ from transformers.pytorch_utils import Conv1D
 import skipcoder
 from skipcoder import Coder, Flags, InputError, TokenBatches
 
-TRIALS, FIFTHS, SHOWN = 10, 5, 4  # intruder trials per latent, over as many quantiles, with as many active contexts
+TRIALS = 10  # intruder trials per latent
+FIFTHS = 5  # quantiles of a latent's activations that they are spread over
+SHOWN = 4  # contexts in a trial on which the latent is active; one more is the intruder
 MIN_ACTIVE = 40  # tokens on which a latent has to be active to be scored: 8 in each fifth
 
 
@@ -46,11 +48,15 @@ MIN_ACTIVE = 40  # tokens on which a latent has to be active to be scored: 8 in 
 class PatchedLM:
     """The LM with a tap on one MLP. A call without `y_hat` is clean and leaves x, y, neurons and hidden as attributes.
 
-    All of them are [rows, ctx_len - 1, width]: as in training, position 0 is left out.
+    All of them are [rows, ctx_len - 1, width]: as in training, position 0 is left out. Calls with `y_hat` are for the
+    same tokens.
     """
 
-    def __init__(self, lm: nn.Module, mlp: nn.Module, dtype: torch.dtype):
+    def __init__(self, lm: nn.Module, layer: int, dtype: torch.dtype):
         self.lm, self.dtype, self.device, self.y_hat = lm, dtype, lm.device, None
+        _, blocks, mlp = skipcoder.find_mlp(lm, layer)
+        for block in blocks[:layer]:
+            block.forward = self.replayed(block.forward)
         mlp.register_forward_hook(self.hook)
         # the neurons are what the MLP's last linear layer reads: c_proj in GPT-2, down_proj in Llama and Gemma
         output_layer = [module for module in mlp.modules() if isinstance(module, (nn.Linear, Conv1D))][-1]
@@ -59,6 +65,18 @@ class PatchedLM:
         # the LM head stays in fp32: bf16 logits have steps of 0.1 nats
         head = lm.get_output_embeddings()
         head.forward = torch.autocast(self.device.type, enabled=False)(head.forward)
+
+    def replayed(self, forward):
+        """`forward` of a block before the MLP: in patched runs of the batch it does the same as in the clean one."""
+        output = None
+
+        def replay(*args, **kwargs):
+            nonlocal output
+            if self.y_hat is None:
+                output = forward(*args, **kwargs)
+            return output
+
+        return replay
 
     def keep(self, name: str, value: Tensor):
         if self.y_hat is None:
@@ -74,9 +92,9 @@ class PatchedLM:
     def __call__(self, tokens: Tensor, y_hat: Tensor | None = None) -> Tensor:
         """Logits [rows, ctx_len - 2, vocab] at positions 1 to ctx_len - 2 of tokens [rows, ctx_len]."""
         self.y_hat = y_hat
+        predicted = torch.arange(1, tokens.shape[1] - 1, device=tokens.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.lm(tokens, use_cache=False).logits
-        return logits[:, 1:-1].float()
+            return self.lm(tokens, use_cache=False, logits_to_keep=predicted).logits.float()
 
 
 class Losses:
@@ -89,7 +107,7 @@ class Losses:
         self.y_square = 0.0  # sum of |y|^2
 
     def start(self, tokens: Tensor, logits: Tensor, y: Tensor):
-        """A new batch: tokens [rows, ctx_len], the clean LM's logits [rows, ctx_len - 2, vocab] and y [N, d] there."""
+        """A new batch: tokens [rows, ctx_len], the clean LM's logits [rows, ctx_len - 2, vocab], the MLP's y [N, d]."""
         log_p = logits.log_softmax(-1)  # [rows, ctx_len - 2, vocab]
         self.next, self.p = tokens[:, 2:, None], log_p.exp()
         self.negative_entropy = torch.linalg.vecdot(self.p, log_p)  # [rows, ctx_len - 2]
@@ -207,8 +225,8 @@ def intruder_trials(active: dict[int, tuple[Tensor, Tensor]], hidden: Tensor, me
     Intruder detection (Paulo & Belrose 2025, arXiv 2507.08473) with the LM under study as the judge. If a latent stands
     for one thing, the contexts on which it is active resemble one another, and one on which it is not stands out. A
     context is a token, represented by the LM's last hidden state there (`hidden` [N, d]) less the mean over the sample.
-    The tokens of a latent, sorted by activation, are cut into fifths; trial t shows 4 tokens of fifth t mod 5, the top
-    one first, and one token on which the latent is not active. Chance is 1/5.
+    The tokens of a latent, sorted by activation, are cut into fifths; trial t shows 4 tokens of fifth t mod 5 (0 is the
+    top fifth) and one token on which the latent is not active. Chance is 1/5.
     """
     shown = []
     for tokens, _ in active.values():
@@ -283,11 +301,11 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, dict]:
     blocks.extend(later)
     A, b, x_mean, y_mean = affine.solve()
     untrained = Coder("transcoder", d, config["num_latents"], k, seed=args.seed + 1).to(device).requires_grad_(False)
-    untrained.encoder.bias.data = -untrained.encoder.weight @ x_mean
+    untrained.start_at(x_mean, y_mean)
     for coder in (*coders.values(), untrained):
         coder.matmul_dtype = dtype
 
-    patched = PatchedLM(lm, mlp, dtype)
+    patched = PatchedLM(lm, config["layer"], dtype)
     losses = Losses(d, device)
     activity, seen = {}, []
     with tempfile.NamedTemporaryFile() as file:
@@ -323,14 +341,14 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, dict]:
             raise InputError(
                 f"--dataset {args.dataset}: every 10th document is held out, and they fill no row of {ctx_len} tokens"
             )
-        active = {name: a.sample() for name, a in activity.items()}
-        if any(len(latents) < 2 for latents in active.values()):
+        sampled = {name: a.sample() for name, a in activity.items()}
+        if any(len(latents) < 2 for latents in sampled.values()):
             raise InputError(
                 f"--tokens {args.tokens}, --latents {args.latents}: fewer than two latents with {MIN_ACTIVE} active"
                 f" tokens to score among the {n:,} held-out tokens read; raise them or give a larger --dataset"
             )
         mean = (hidden_sum / n).float()
-        found = {name: intruder_trials(latents, hidden[:n], mean, generator) for name, latents in active.items()}
+        found = {name: intruder_trials(latents, hidden[:n], mean, generator) for name, latents in sampled.items()}
         random_tokens = torch.randint(n, (args.latents, TRIALS, SHOWN + 1), generator=generator)
         found["null"] = found_last(random_tokens, hidden, mean)
 
@@ -345,8 +363,8 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, dict]:
     }
     report["baselines"] = {"affine": losses.report("affine")}
     report["baselines"] |= {name: summary(found[name]) for name in ("neurons", "untrained", "null")}
-    latents = {name: (active[name], found[name], density[name]) for name in (*coders, "neurons")}
-    return report, (torch.cat(seen), latents, tokenizer)
+    scored = {name: (sampled[name], found[name], density[name]) for name in (*coders, "neurons")}
+    return report, (torch.cat(seen), scored, tokenizer)
 
 
 def table(report: dict) -> str:
@@ -574,12 +592,12 @@ def main():
         for name, path in (("--json", args.json), ("--html", args.html)):
             if path:
                 skipcoder.check_writable(name, path)
-        report, latents = evaluate(config, coders, args)
+        report, shown = evaluate(config, coders, args)
         print(headline(config, report), table(report), *notes(report), sep="\n\n")
         if args.json:
-            skipcoder.write(args.json, json.dumps(report, indent=2) + "\n")
+            skipcoder.write("--json", {args.json: json.dumps(report, indent=2) + "\n"})
         if args.html:
-            skipcoder.write(args.html, page(config, report, *latents))
+            skipcoder.write("--html", {args.html: page(config, report, *shown)})
     except InputError as error:
         parser.error(str(error))
     except KeyboardInterrupt:

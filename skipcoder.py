@@ -28,6 +28,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from itertools import chain, count, islice
 from pathlib import Path
@@ -36,6 +37,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -70,6 +72,7 @@ def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 class SparseMLP(torch.autograd.Function):
     """out = W_dec TopK(W_enc (x - shift) + b_enc), with gradients that touch only the k active latents of each token.
 
+    `shift` [d] is b_dec for the autoencoder and None for the others. The LM is not trained, so x needs no gradient.
     The forward pass is one dense matmul and a topk; all that follows is sparse. The decoder is an embedding bag: the
     weighted sum of the k rows of W_dec that a token uses. The gradient of either weight matrix is an embedding bag as
     well, over the same (token, latent) pairs sorted by latent: a row of the gradient is the weighted sum of the
@@ -90,10 +93,10 @@ class SparseMLP(torch.autograd.Function):
     def backward(ctx, grad, *_):
         x, W_enc, W_dec, z, idx = ctx.saved_tensors
         (N, k), M = idx.shape, len(W_enc)
-        # d loss / d z = <grad, W_dec row>, for the k rows each token used and nothing else
-        token = torch.arange(N, device=idx.device)
+        # d loss / d z = (grad[:, None] * W_dec[idx]).sum(-1), without a tensor [N, k, d]; the last 0 is mode="sum"
+        bag = torch.arange(N, device=idx.device)
         dz = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            grad, W_dec, idx.flatten(), token * k, token.repeat_interleave(k), 0
+            grad, W_dec, idx.flatten(), bag * k, bag.repeat_interleave(k), 0
         ) * (z.flatten() > 0)  # [N * k]
         # the (token, latent) pairs sorted by latent; latent j owns the pairs from start[j] to start[j + 1]
         latent, order = idx.flatten().sort()
@@ -103,8 +106,9 @@ class SparseMLP(torch.autograd.Function):
         def per_latent(rows: Tensor, weights: Tensor) -> Tensor:  # [N, d], [N * k] -> [M, d]
             return F.embedding_bag(token, rows, start, per_sample_weights=weights[order], mode="sum")
 
-        grad_b_enc = torch.zeros_like(W_enc[:, 0]).index_add_(0, idx.flatten(), dz)  # [M]
-        grad_shift = -(grad_b_enc @ W_enc) if ctx.needs_input_grad[1] else None  # [M] @ [M, d] -> [d]
+        grad_b_enc = W_enc.new_zeros(M).index_add_(0, idx.flatten(), dz)  # [M]
+        # all pre-activations contain W_enc (-shift): [M] @ [M, d] -> [d]
+        grad_shift = -(grad_b_enc @ W_enc) if ctx.needs_input_grad[1] else None
         return None, grad_shift, per_latent(x, dz), grad_b_enc, per_latent(grad, z.flatten()), None, None
 
 
@@ -129,10 +133,17 @@ class Coder(nn.Module):
         self.encoder = nn.Linear(d, num_latents)
         self.encoder.weight.data = W
         self.encoder.bias.data.zero_()
-        # an autoencoder starts with W_dec = W_enc; a transcoder with nothing but b_dec, the mean of y (see Trainer)
+        # an autoencoder starts with W_dec = W_enc, since its latents should write what they read. What a transcoder's
+        # should write is not known: it starts with nothing, and W_enc gets its gradient once W_dec has moved
         self.W_dec = nn.Parameter(W.clone() if arch == "sae" else torch.zeros(num_latents, d))
         self.b_dec = nn.Parameter(torch.zeros(d))
         self.W_skip = nn.Parameter(torch.zeros(d, d)) if arch == "skip_transcoder" else None
+
+    def start_at(self, x_mean: Tensor, y_mean: Tensor):
+        """Predict the mean of y [d], to start with, and centre what the encoder reads; x_mean is [d] as well."""
+        self.b_dec.data = y_mean
+        if self.arch != "sae":
+            self.encoder.bias.data = -(self.encoder.weight.data @ x_mean)  # [M, d] @ [d] -> [M]
 
     def forward(self, x: Tensor, y: Tensor) -> Coded:
         """Predict y [N, d], the MLP's output, from x [N, d], its input (the autoencoder: from y itself)."""
@@ -145,7 +156,7 @@ class Coder(nn.Module):
 
     def sparse_mlp(self, x: Tensor, y: Tensor, latents: Tensor | None = None, k: int | None = None):
         """W_dec z, activations and indices; with `latents` as if there were no others (indices then count in it)."""
-        # a transcoder never subtracts b_dec from its input: it is the mean of y, not of x
+        # a transcoder never subtracts b_dec from its input: b_dec is the mean of y, not of x
         source, shift = (y, self.b_dec) if self.arch == "sae" else (x, None)
         weights = self.encoder.weight, self.encoder.bias, self.W_dec
         if latents is not None:
@@ -160,8 +171,7 @@ class Coder(nn.Module):
 DEFAULT_DATASET, DEFAULT_SUBSET = "HuggingFaceFW/fineweb", "sample-10BT"
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # suffix -> builder of `datasets`
 HELD_OUT = 10  # every 10th document is for eval.py alone
-SHUFFLE_ROWS = 2048  # rows to draw from: neighbours share their subject, and steps of strangers reach an FVU 15% lower
-
+SHUFFLE_ROWS = 2048  # rows to draw from: neighbours share their subject; steps of unrelated rows reach a 15% lower FVU
 
 HUB_HINT = (  # said when something cannot be had from the Hugging Face hub
     "check the name and the connection, or pass a local folder as --model and a local file or folder as --dataset"
@@ -266,8 +276,8 @@ class TokenBatches(IterableDataset):
         split = (text for index, text in texts if (index % HELD_OUT == 0) == self.held_out)
         mine = islice(split, self.rank, None, self.world)
         tokens = []
-        while texts := list(islice(mine, 64)):  # as many as keep a multi-threaded tokenizer busy
-            for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+        while some := list(islice(mine, 64)):  # as many as keep a multi-threaded tokenizer busy
+            for ids in self.tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
                 tokens += ids + eos
             full = len(tokens) - len(tokens) % self.ctx_len
             yield from torch.tensor(tokens[:full], dtype=torch.int64).view(-1, self.ctx_len)
@@ -330,7 +340,7 @@ def from_pretrained(auto_class, name: str, flag: str = "--model", **options):
 
 
 def load_lm(name: str, device: torch.device, dtype: torch.dtype, flag: str = "--model") -> nn.Module:
-    """The LM in fp32, for forward passes under autocast to `dtype`; raises InputError."""
+    """The LM, for forward passes under autocast to `dtype`: its linear layers are in it, all else is in fp32."""
     config = from_pretrained(AutoConfig, name, flag)
     if getattr(config, "activation_function", None) == "gelu_new":  # GPT-2's, as eight kernels
         config.activation_function = "gelu_pytorch_tanh"  # the same function as one: 30% off the LM's time on a CPU
@@ -384,14 +394,14 @@ class MLPActivations:
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
 
-# The recipe, found by measurement (README, "Recipe"): all of it is relative to the number of tokens to train on.
+# The recipe, found by measurement (README, "Recipe"). Shares are of the tokens to train on.
 DEFAULT_TOKENS = 50_000_000
-WARM_UP, DECAY = 0.05, 0.5  # shares of the tokens over which the learning rate rises at the start, falls at the end
+WARM_UP, DECAY = 0.05, 0.5  # shares over which the learning rate rises at the start and falls at the end
 BETAS = (0.9, 0.98)  # Adam's; the usual 0.999 remembers a thousand steps, half of a short run
-DEAD = 0.02  # a latent is dead once it was silent for this share of the tokens
-# What a dead latent's bias gains per step until it fires, in standard deviations of the pre-activations. Without it
-# 13% (transcoder) to 36% (SAE) of the latents die at these rates. AuxK, the usual cure, in its place leaves 13% of the
-# transcoder's dead and takes 5x the time (README).
+DEAD = 0.02  # a latent is dead once it was silent for this share
+# What a dead latent's bias gains per step until it fires, in standard deviations of the pre-activations (and times the
+# factor of the learning rate). Without it 36% of the SAE's latents die; AuxK, the usual cure, in its place left 13% of
+# the transcoder's latents dead, and a step took five times as long (README).
 WAKE = 0.03
 LOG_EVERY, SAVE_EVERY = 5, 300  # seconds
 
@@ -413,10 +423,7 @@ class Trainer:
         """x, y [N, d]: a first batch, which sets where the coder starts; `dead_after`: tokens of silence."""
         self.coder, self.lr, self.auxk_alpha, self.dead_after = coder, lr, auxk_alpha, dead_after
         (x_mean, x_scale), (y_mean, y_scale) = mean_and_scale(x), mean_and_scale(y)
-        # start as the constant mean of y, with the encoder's input centred
-        coder.b_dec.data = y_mean
-        if coder.arch != "sae":
-            coder.encoder.bias.data = -(coder.encoder.weight.data @ x_mean)  # [M, d] @ [d] -> [M]
+        coder.start_at(x_mean, y_mean)
         # Adam moves each number by about lr whatever its gradient, so each parameter needs its lr in its own units: x
         # and y have scales of their own in each layer and model
         self.z_scale = y_scale if coder.arch == "sae" else x_scale  # of pre-activations: W_enc has unit rows
@@ -511,7 +518,7 @@ def mean_and_scale(a: Tensor) -> tuple[Tensor, float]:
 
 
 def lr_schedule(done: float) -> float:
-    """Factor of the learning rate when the share `done` of the steps is: linear warm-up, constant, linear decay."""
+    """Factor of the learning rate after the share `done` of the steps: linear warm-up, constant, linear decay."""
     return min(1, done / WARM_UP, (1 - done) / DECAY)
 
 
@@ -561,8 +568,9 @@ def set_up(args: argparse.Namespace):
             coder = Coder(arch, d, num_latents, args.k, args.seed).to(device)
             coder.matmul_dtype = dtype
             trainers[arch] = Trainer(coder, x, y, args.lr, args.auxk_alpha, DEAD * args.tokens)
-        except (RuntimeError, MemoryError):  # what torch raises when it cannot allocate
-            raise InputError(f"--expansion {args.expansion}: not enough memory for {num_latents:,} latents, lower it")
+        except (RuntimeError, MemoryError) as error:  # what torch raises when it cannot allocate
+            why = f"memory for {num_latents:,} latents could not be had ({first_line(error)})"
+            raise InputError(f"--expansion {args.expansion}: {why}, lower it") from error
 
     config = vars(args) | {"hookpoint": hookpoint, "d": d, "num_latents": num_latents, "matmul_dtype": str(dtype)[6:]}
     config |= {key: Path(config[key]).resolve() for key in ("model", "dataset") if Path(config[key]).exists()}
@@ -582,7 +590,7 @@ def note_signals() -> list[int]:
     stop = []
 
     def on_signal(number: int, _frame):
-        if number == signal.SIGINT in stop:  # the second does not wait for a step or for data
+        if number == signal.SIGINT and number in stop:  # do not wait for a step or for data
             raise KeyboardInterrupt
         stop.append(number)
 
@@ -635,7 +643,7 @@ def train(args: argparse.Namespace) -> int:
             if ending or saving:
                 saved_at = now
             if rank() == 0:
-                write(args.out / "log.jsonl", log)
+                write("--out", {args.out / "log.jsonl": log})
                 if ending or saving:
                     coders = [trainer.coder for trainer in trainers.values()]
                     save_run(args.out, config | {"tokens_trained": tokens}, coders)
@@ -655,24 +663,35 @@ def train(args: argparse.Namespace) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write(path: Path, content: str | dict[str, Tensor]):
-    """Write text or tensors to a temporary name, then rename: there is never half a file under the real name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    if isinstance(content, str):
-        temporary.write_text(content)
-    else:
-        save_file(content, temporary)
-    os.replace(temporary, path)
+def write(flag: str, files: dict[Path, str | dict[str, Tensor]]):
+    """Write texts and tensors to temporary names, then rename all: a full disk or a kill loses nothing that was there.
+
+    Raises InputError, with the flag that named the place.
+    """
+    temporary = {path: path.with_name(path.name + ".tmp") for path in files}
+    try:
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, str):
+                temporary[path].write_text(content)
+            else:
+                save_file(content, temporary[path])
+        for path in files:
+            os.replace(temporary[path], path)
+    except (OSError, SafetensorError) as error:
+        for left_over in temporary.values():
+            with suppress(OSError):
+                left_over.unlink()
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{flag} {path}: cannot be written ({why}), make room or pass another path") from error
 
 
 def save_run(out: Path, config: dict, coders: list[Coder]):
     """Write config.json and, per coder, <arch>/<hookpoint>/, a folder that EleutherAI's `sparsify` loads as it is."""
     folders = {out / coder.arch / config["hookpoint"]: coder for coder in coders}
+    files = {}
     for folder, coder in folders.items():
-        write(
-            folder / "sae.safetensors", {name: p.detach().cpu().contiguous() for name, p in coder.named_parameters()}
-        )
+        weights = {name: p.detach().cpu().contiguous() for name, p in coder.named_parameters()}
         cfg = {
             "activation": "topk",
             "expansion_factor": config["expansion"],
@@ -684,8 +703,9 @@ def save_run(out: Path, config: dict, coders: list[Coder]):
             "transcode": coder.arch != "sae",
             "d_in": config["d"],
         }
-        write(folder / "cfg.json", json.dumps(cfg, indent=2) + "\n")
-    write(out / "config.json", json.dumps(config, indent=2, default=str) + "\n")  # str: of paths and the device
+        files |= {folder / "sae.safetensors": weights, folder / "cfg.json": json.dumps(cfg, indent=2) + "\n"}
+    files[out / "config.json"] = json.dumps(config, indent=2, default=str) + "\n"  # str: of paths and the device
+    write("--out", files)
     if config["overwrite"]:  # remove what only the run had that this one replaces, and nothing else
         stale = [out / arch for arch in ARCHS if arch not in config["arch"]]
         stale += [folder for arch in config["arch"] for folder in (out / arch).iterdir() if folder not in folders]
@@ -695,14 +715,11 @@ def save_run(out: Path, config: dict, coders: list[Coder]):
 
 def check_writable(flag: str, path: Path):
     """Raise InputError, before any work is done, if the file `path` cannot be written."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-        probe = path.with_name(path.name + ".probe")
-        write(probe, "")
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"{flag} {path}: cannot be written ({error.strerror}), pass another path") from error
+    if path.is_dir():
+        raise InputError(f"{flag} {path}: it is a folder, pass the name of a file")
+    probe = path.with_name(path.name + ".probe")
+    write(flag, {probe: ""})
+    probe.unlink()
 
 
 def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[dict, dict[str, Coder]]:
@@ -823,7 +840,8 @@ def main():
             dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
         args.device = pick_device(args.device)
         args.subset = args.subset or (DEFAULT_SUBSET if args.dataset == DEFAULT_DATASET else None)
-        args.batch_size = args.batch_size or default_rows(args.tokens, args.ctx_len * world_size()) * world_size()
+        rows = default_rows(args.tokens, args.ctx_len * world_size())  # of each process
+        args.batch_size = args.batch_size or rows * world_size()
         args.lr = args.lr or default_lr(args.tokens)
         args.out = Path(args.out or f"runs/{Path(args.model).resolve().name}-layer{args.layer}")
         sys.exit(train(args))

@@ -1,4 +1,4 @@
-"""How fast training is, and where the time goes, on a GPT-2-sized random model at layer 6.
+"""How fast training is, and where the time goes, on a GPT-2-sized random model at layer 6, fed with real text.
 
     python tests/bench.py [--tokens-per-step 4096] [--steps 5] [--sparsify PYTHON]
 
@@ -9,10 +9,12 @@ same hookpoint and prints the ratio of medians. Not a test: pytest does not coll
 """
 
 import argparse
+import json
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,10 +22,11 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import tiny_gpt2  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
 import skipcoder  # noqa: E402
-from skipcoder import ARCHS, Coder, MLPActivations, Trainer, find_mlp, mean_and_variance  # noqa: E402
+from skipcoder import ARCHS, Coder, MLPActivations, TokenBatches, Trainer, find_mlp, mean_and_variance  # noqa: E402
 
 LAYER, D, M, K, CTX_LEN = 6, 768, 24576, 32, 256
 
@@ -67,6 +70,15 @@ def timed(f, device, times: int = 3) -> float:
     return statistics.median(seconds[1:])
 
 
+def make_inputs(folder: Path, rows: int):
+    """Save a random GPT-2 in the folder, and return batches [rows, CTX_LEN] of the standard library's text."""
+    GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
+    texts = tiny_gpt2.documents()
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = tiny_gpt2.train_tokenizer(texts, 8192)
+    return skipcoder.read_ahead(TokenBatches(str(folder / "text.jsonl"), None, tokenizer, CTX_LEN, rows))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens-per-step", type=int, default=4096)
@@ -76,13 +88,17 @@ def main():
     device = skipcoder.pick_device("auto")
     dtype = skipcoder.matmul_dtype(device)
     torch.manual_seed(0)
+    skipcoder.quiet_libraries()
+    skipcoder.keep_freed_memory()
     rows = args.tokens_per_step // CTX_LEN
     N = rows * (CTX_LEN - 1)
-    lm = GPT2LMHeadModel(GPT2Config()).eval().to(device)
+    folder = tempfile.TemporaryDirectory()  # gone when the program ends
+    batches = make_inputs(Path(folder.name), rows)
+    tokens = next(batches).to(device)
+    lm = skipcoder.load_lm(folder.name, device, dtype)
     _, blocks, mlp = find_mlp(lm, LAYER)
     del blocks[LAYER + 1 :]
     activations = MLPActivations(lm, mlp, dtype)
-    tokens = torch.randint(50257, (rows, CTX_LEN), device=device)
     x, y = activations(tokens)
     variance = mean_and_variance(y)[1]
     trainers = {}
@@ -93,8 +109,13 @@ def main():
         trainers[arch].step(x, y, variance, 1)
     print(f"{device}, {torch.get_num_threads()} threads, matmuls in {dtype}; {rows * CTX_LEN} tokens a step")
 
+    waited = []
+
     def step(archs):
-        x, y = activations(tokens)
+        start = time.perf_counter()
+        tokens = next(batches)
+        waited.append(time.perf_counter() - start)
+        x, y = activations(tokens.to(device, non_blocking=True))
         variance = mean_and_variance(y)[1]
         for arch in archs:
             trainers[arch].step(x, y, variance, 1)
@@ -136,26 +157,30 @@ def main():
     coder = trainers["transcoder"].coder
     W, W_dec = coder.encoder.weight.detach(), coder.W_dec.detach()
     pre = F.linear(x.to(dtype), W.to(dtype), coder.encoder.bias.detach().to(dtype))
-    z, idx = pre.topk(K, sorted=False)
+    z, idx = skipcoder.topk(pre, K)
     z = z.relu().float()
 
     def forward_backward():
         y_hat, *_ = coder(x, y)
         ((y - y_hat).square().sum() / variance).backward()
 
-    parts = {"LM forward": timed(lambda: activations(tokens), device)}
+    parts = {"data": statistics.median(waited), "LM forward": timed(lambda: activations(tokens), device)}
     parts["encoder"] = timed(lambda: F.linear(x.to(dtype), W.to(dtype), coder.encoder.bias.detach().to(dtype)), device)
-    parts["topk"] = timed(lambda: pre.topk(K, sorted=False), device)
+    parts["topk"] = timed(lambda: skipcoder.topk(pre, K), device)
     parts["decoder"] = timed(lambda: F.embedding_bag(idx, W_dec, per_sample_weights=z, mode="sum"), device)
     both = timed(forward_backward, device)
     parts["backward"] = both - parts["encoder"] - parts["topk"] - parts["decoder"]
     parts["optimizer"] = timed(trainers["transcoder"].optimizer.step, device)
-    total = parts["LM forward"] + 3 * sum(value for name, value in parts.items() if name != "LM forward")
+    times = {name: 1 if name in ("data", "LM forward") else 3 for name in parts}  # in a step of three coders
+    total = sum(times[name] * value for name, value in parts.items())
     for name, value in parts.items():
-        share = value * (1 if name == "LM forward" else 3) / total
-        print(
-            f"{name:10} {1e3 * value:8.1f} ms{'' if name == 'LM forward' else ' a coder':8} {share:6.1%} of a step of three"
-        )
+        each = "a coder" if times[name] == 3 else ""
+        print(f"{name:10} {1e3 * value:8.1f} ms {each:8} {times[name] * value / total:6.1%} of a step of three")
+    start = time.perf_counter()
+    for _ in range(64):  # more than are read ahead
+        next(batches)
+    rate = 64 * rows * CTX_LEN / (time.perf_counter() - start)
+    print(f"the reader makes {rate:,.0f} tokens/s when nothing else runs")
     if device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU")
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")

@@ -126,18 +126,8 @@ def test_hub_out_of_reach(tiny, tmp_path):
     done = run("skipcoder.py", "--layer", 1, "--model", "no/such", "--out", tmp_path / "run", HF_HOME=str(tmp_path))
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "--model no/such" in done.stderr and "--dataset" in done.stderr and "tests/tiny_gpt2.py" in done.stderr
-    done = run(
-        "skipcoder.py",
-        "--layer",
-        1,
-        "--model",
-        tiny,
-        "--ctx-len",
-        32,
-        "--out",
-        tmp_path / "run",
-        HF_HOME=str(tmp_path),
-    )
+    train = f"--layer 1 --model {tiny} --ctx-len 32 --out {tmp_path}/run".split()
+    done = run("skipcoder.py", *train, HF_HOME=str(tmp_path))
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "--dataset HuggingFaceFW/fineweb" in done.stderr and "local file or folder" in done.stderr
     assert "tests/tiny_gpt2.py" in done.stderr

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from skipcoder import ARCHS, Coder, Trainer, mean_and_variance
+from skipcoder import ARCHS, Coder, Trainer, mean_and_variance, topk
 
 N, d, M, k = 24, 8, 40, 5
 
@@ -65,6 +65,15 @@ def test_auxk_gradients_equal_dense_autograd(arch, device):
             assert gradient is None
         else:
             torch.testing.assert_close(gradient, dense_gradient)
+
+
+@pytest.mark.parametrize("M, k", [(40, 5), (17, 17), (96, 40), (1024, 32), (16, 1)])
+def test_topk_equals_that_of_torch(M, k, device):
+    for pre in (torch.randn(9, M, device=device), torch.randint(4, (9, M), device=device).bfloat16()):  # with ties, too
+        z, indices = topk(pre, k)
+        assert torch.equal(z.sort(1).values, pre.topk(k).values.sort(1).values)
+        assert torch.equal(pre.gather(1, indices), z)
+        assert all(len(set(row)) == k for row in indices.tolist())
 
 
 def test_float32_gradients_are_not_off(device):

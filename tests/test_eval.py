@@ -17,18 +17,8 @@ from skipcoder import TokenBatches, load_run
 def evaluated(trained, tmp_path_factory):
     """What the command line gives for a run: standard output, the JSON and the page."""
     folder = tmp_path_factory.mktemp("eval")
-    done = run(
-        "eval.py",
-        trained,
-        "--tokens",
-        15_000,
-        "--latents",
-        40,
-        "--json",
-        folder / "e.json",
-        "--html",
-        folder / "e.html",
-    )
+    outputs = ["--json", folder / "e.json", "--html", folder / "e.html"]
+    done = run("eval.py", trained, *"--tokens 15000 --latents 40".split(), *outputs)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads((folder / "e.json").read_text()), (folder / "e.html").read_text()
 
@@ -54,22 +44,9 @@ def test_report(evaluated):
 
 def test_fvu_agrees_with_training(tiny, tmp_path):
     """Of a coder that stays as it is, with a learning rate of nearly 0, training and eval.py report the same FVU."""
-    train = ["--model", tiny, "--dataset", tiny / "text.jsonl", "--layer", 1, "--expansion", 8, "--ctx-len", 32]
-    train += [
-        "--k",
-        4,
-        "--arch",
-        "sae",
-        "--lr",
-        1e-12,
-        "--tokens",
-        20_000,
-        "--batch-size",
-        16,
-        "--out",
-        tmp_path / "run",
-    ]
-    assert run("skipcoder.py", *train).returncode == 0
+    train = f"--model {tiny} --dataset {tiny}/text.jsonl --layer 1 --expansion 8 --ctx-len 32 --k 4 --arch sae"
+    train += f" --lr 1e-12 --tokens 20000 --batch-size 16 --out {tmp_path}/run"
+    assert run("skipcoder.py", *train.split()).returncode == 0
     done = run("eval.py", tmp_path / "run", "--tokens", 20_000, "--latents", 20, "--json", tmp_path / "e.json")
     assert done.returncode == 0, done.stderr
     fvu = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])["fvu"]["sae"]
@@ -193,9 +170,8 @@ def test_fifths_are_sorted_by_activation(planted):
         clean = (kind == latent).nonzero().flatten()[:60]
         dirty = torch.randperm(len(kind), generator=generator)[:40]
         active[latent] = (torch.cat([clean, dirty]), torch.linspace(9, 1, 100))
-    by_quantile = evaluation.summary(evaluation.intruder_trials(active, hidden, mean, generator))[
-        "intruder_by_quantile"
-    ]
+    found = evaluation.intruder_trials(active, hidden, mean, generator)
+    by_quantile = evaluation.summary(found)["intruder_by_quantile"]
     assert min(by_quantile[:3]) > 0.9 and max(by_quantile[3:]) < 0.5
 
 

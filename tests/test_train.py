@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,21 +28,8 @@ from skipcoder import ARCHS, InputError, MLPActivations, find_mlp, load_run
 
 
 def flags(tiny, out, *more):
-    base = [
-        "--model",
-        tiny,
-        "--dataset",
-        tiny / "text.jsonl",
-        "--layer",
-        1,
-        "--expansion",
-        8,
-        "--k",
-        4,
-        "--ctx-len",
-        32,
-    ]
-    return [*base, "--batch-size", 16, "--tokens", 6000, "--out", out, *more]
+    base = f"--model {tiny} --dataset {tiny}/text.jsonl --layer 1 --expansion 8 --k 4 --ctx-len 32 --batch-size 16"
+    return [*base.split(), "--tokens", 6000, "--out", out, *more]
 
 
 def test_run_directory(trained, tiny):
@@ -51,9 +39,8 @@ def test_run_directory(trained, tiny):
     assert set(config["versions"]) == {"torch", "transformers", "datasets", "python"}
     log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     for line in log:
-        assert set(line) == {"tokens", "tokens_per_s", "fvu", "dead"} and set(line["fvu"]) == set(line["dead"]) == set(
-            ARCHS
-        )
+        assert set(line) == {"tokens", "tokens_per_s", "fvu", "dead"}
+        assert set(line["fvu"]) == set(line["dead"]) == set(ARCHS)
     assert log[-1]["tokens"] == config["tokens_trained"] and log[-1]["tokens_per_s"] > 0
     assert all(0 < fvu < 0.8 for fvu in log[-1]["fvu"].values())
     assert not list(trained.rglob("*.tmp"))
@@ -88,17 +75,8 @@ def test_saved_coders_predict_what_the_file_format_says(trained):
 def test_what_is_printed(tiny, tmp_path):
     done = run("skipcoder.py", *flags(tiny, tmp_path / "run"))
     assert done.returncode == 0, done.stderr
-    for word in (
-        "model",
-        "hookpoint  h.1.mlp",
-        "M 256",
-        "k 4",
-        "device     cpu",
-        "6,",
-        str(tmp_path / "run"),
-        "eval.py",
-    ):
-        assert word in done.stdout
+    for words in ("model", "hookpoint  h.1.mlp", "M 256", "k 4", "device     cpu", "6,", f"{tmp_path}/run", "eval.py"):
+        assert words in done.stdout
     last = done.stderr.replace("\r", "\n").strip().splitlines()[-1]
     assert "tok/s" in last and all(arch in last for arch in ARCHS) and "FVU" in last and "dead" in last
 
@@ -108,15 +86,12 @@ def test_a_coder_does_not_depend_on_its_neighbours(tiny, tmp_path):
     assert run("skipcoder.py", *flags(tiny, tmp_path / "all")).returncode == 0
     assert run("skipcoder.py", *flags(tiny, tmp_path / "one"), "--arch", "skip_transcoder").returncode == 0
     assert [p.name for p in (tmp_path / "one").iterdir() if p.is_dir()] == ["skip_transcoder"]
-    alone, beside = (
-        load_file(tmp_path / run_dir / "skip_transcoder/h.1.mlp/sae.safetensors") for run_dir in ("one", "all")
-    )
+    more = "--arch skip_transcoder --seed 1".split()
+    assert run("skipcoder.py", *flags(tiny, tmp_path / "two", *more)).returncode == 0
+    weights = "skip_transcoder/h.1.mlp/sae.safetensors"
+    alone, beside, other = (load_file(tmp_path / out / weights) for out in ("one", "all", "two"))
     for name in alone:
         assert torch.equal(alone[name], beside[name]), name
-    assert (
-        run("skipcoder.py", *flags(tiny, tmp_path / "two"), "--arch", "skip_transcoder", "--seed", 1).returncode == 0
-    )
-    other = load_file(tmp_path / "two/skip_transcoder/h.1.mlp/sae.safetensors")
     assert not torch.equal(alone["W_dec"], other["W_dec"])
 
 
@@ -124,14 +99,8 @@ def test_a_coder_does_not_depend_on_its_neighbours(tiny, tmp_path):
 def test_signals_save_what_there_is(tiny, tmp_path, number, code):
     command = [sys.executable, ROOT / "skipcoder.py", *flags(tiny, tmp_path / "run", "--tokens", "1e9")]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(
-        [*map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=env,
-        start_new_session=True,
-    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*map(str, command)], **pipes, env=env, start_new_session=True)
     deadline = time.time() + 60
     while not (tmp_path / "run/log.jsonl").exists() or (tmp_path / "run/log.jsonl").stat().st_size == 0:
         assert time.time() < deadline and process.poll() is None, "training did not start"
@@ -148,9 +117,7 @@ def test_signals_save_what_there_is(tiny, tmp_path, number, code):
 
 def test_killed_at_any_moment_leaves_whole_files(tiny, tmp_path, monkeypatch):
     """SIGKILL while it saves at every step: what is there can be loaded."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import skipcoder; skipcoder.SAVE_EVERY = 0; skipcoder.main()"
-    )
+    code = f"import sys; sys.path.insert(0, '{ROOT}'); import skipcoder; skipcoder.SAVE_EVERY = 0; skipcoder.main()"
     command = [sys.executable, "-c", code, *map(str, flags(tiny, tmp_path / "run", "--tokens", "1e9"))]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
@@ -162,6 +129,21 @@ def test_killed_at_any_moment_leaves_whole_files(tiny, tmp_path, monkeypatch):
     process.wait()
     _, coders = load_run(tmp_path / "run")
     assert set(coders) == set(ARCHS)
+
+
+def test_a_full_disk_loses_nothing(trained, tiny, tmp_path):
+    """A limit on the size of a file stands in for it: one line, and the run that was there is there as it was."""
+    out = shutil.copytree(trained, tmp_path / "run")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "log.jsonl"}
+    code = f"import sys, resource; sys.path.insert(0, '{ROOT}'); import skipcoder;"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); skipcoder.main()"  # weights take 65 kB
+    command = [sys.executable, "-c", code, *map(str, flags(tiny, out, "--overwrite"))]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"--out {out}" in last and "cannot be written" in last, last
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "log.jsonl"}
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_save(trained, tiny):
