@@ -39,7 +39,6 @@ FIFTHS = 5  # quantiles of a latent's activations that they are spread over
 SHOWN = 4  # contexts in a trial on which the latent is active; one more is the intruder
 MIN_ACTIVE = 40  # tokens on which a latent has to be active to be scored: 8 in each fifth
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The LM, with and without something in the MLP's place
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,7 +258,7 @@ def summary(found: Tensor) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One pass over the held-out tokens
+# One pass over training tokens, one over held-out tokens
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -273,8 +272,21 @@ def first_rows(batches, rows: int, what: str):
             bar.update(len(batch))
 
 
-def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, dict]:
-    """Return the report (what --json writes) and what --html shows: tokens, scored latents and the tokenizer."""
+def fit_affine(lm: nn.Module, layer: int, batches, d: int, dtype: torch.dtype) -> Affine:
+    """The best affine map on batches [rows, ctx_len] of tokens; the blocks after the MLP do not run for it."""
+    _, blocks, mlp = skipcoder.find_mlp(lm, layer)
+    activations = skipcoder.MLPActivations(lm, mlp, dtype)
+    affine = Affine(d, lm.device)
+    later = blocks[layer + 1 :]
+    del blocks[layer + 1 :]
+    for tokens in batches:
+        affine.add(*activations(tokens.to(lm.device)))
+    blocks.extend(later)
+    return affine
+
+
+def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]:
+    """Return the report and what --html shows: the tokens, the scored latents and the tokenizer."""
     device, ctx_len, d, k = args.device, config["ctx_len"], config["d"], config["k"]
     dtype = skipcoder.matmul_dtype(device)
     generator = torch.Generator().manual_seed(args.seed)
@@ -286,20 +298,13 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, dict]:
     training = skipcoder.read_ahead(TokenBatches(*source, once=True))
     held_out = skipcoder.read_ahead(TokenBatches(*source, held_out=True, once=True))
     lm = skipcoder.load_lm(config["model"], device, dtype, model)
-    _, blocks, mlp = skipcoder.find_mlp(lm, config["layer"])
+    width = lm.config.get_text_config().hidden_size
+    if width != d:
+        raise InputError(f"{model} {config['model']} is {width} wide, the coders are {d} wide: it is another model")
 
     # training documents give the affine baseline, the mean for mean-ablation, and where an untrained coder starts
-    affine = Affine(d, device)
-    activations = skipcoder.MLPActivations(lm, mlp, dtype)
-    later = blocks[config["layer"] + 1 :]
-    del blocks[config["layer"] + 1 :]  # for this pass alone
-    for tokens in first_rows(training, rows_wanted, "affine map"):
-        x, y = activations(tokens.to(device))
-        if y.shape[1] != d:
-            raise InputError(f"{model} {config['model']} has an MLP {y.shape[1]} wide, the coders are {d} wide")
-        affine.add(x, y)
-    blocks.extend(later)
-    A, b, x_mean, y_mean = affine.solve()
+    batches = first_rows(training, rows_wanted, "affine map")
+    A, b, x_mean, y_mean = fit_affine(lm, config["layer"], batches, d, dtype).solve()
     untrained = Coder("transcoder", d, config["num_latents"], k, seed=args.seed + 1).to(device).requires_grad_(False)
     untrained.start_at(x_mean, y_mean)
     for coder in (*coders.values(), untrained):
@@ -353,8 +358,15 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, dict]:
         found["null"] = found_last(random_tokens, hidden, mean)
 
     density = {name: a.count.double() / n for name, a in activity.items()}  # [M] share of tokens
-    ce = {name: losses.report(name)["ce"] for name in ("clean", "mean", "zero")}
-    report = {"tokens": n, "clean_ce": ce["clean"], "mean_ablated_ce": ce["mean"], "zero_ablated_ce": ce["zero"]}
+    scored = {name: (sampled[name], found[name], density[name]) for name in (*coders, "neurons")}
+    return assemble(list(coders), losses, density, found), (torch.cat(seen), scored, tokenizer)
+
+
+def assemble(coders: list[str], losses: Losses, density: dict[str, Tensor], found: dict[str, Tensor]) -> dict:
+    """The report: what --json writes."""
+    report = {"tokens": losses.tokens}
+    for name, key in (("clean", "clean_ce"), ("mean", "mean_ablated_ce"), ("zero", "zero_ablated_ce")):
+        report[key] = losses.report(name)["ce"]
     report["coders"] = {
         name: losses.report(name)
         | {"l0": density[name].sum().item(), "dead": (density[name] == 0).double().mean().item()}
@@ -363,8 +375,7 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, dict]:
     }
     report["baselines"] = {"affine": losses.report("affine")}
     report["baselines"] |= {name: summary(found[name]) for name in ("neurons", "untrained", "null")}
-    scored = {name: (sampled[name], found[name], density[name]) for name in (*coders, "neurons")}
-    return report, (torch.cat(seen), scored, tokenizer)
+    return report
 
 
 def table(report: dict) -> str:
