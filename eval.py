@@ -61,9 +61,10 @@ class PatchedLM:
         output_layer = [module for module in mlp.modules() if isinstance(module, (nn.Linear, Conv1D))][-1]
         output_layer.register_forward_pre_hook(lambda _, args: self.keep("neurons", args[0]))
         lm.base_model.register_forward_hook(lambda _, args, output: self.keep("hidden", output.last_hidden_state))
-        # the LM head stays in fp32: bf16 logits have steps of 0.1 nats
+        # the LM head stays in fp32, as bf16 logits have steps of 0.1 nats, and runs only where its output counts
         head = lm.get_output_embeddings()
-        head.forward = torch.autocast(self.device.type, enabled=False)(head.forward)
+        forward = head.forward
+        head.forward = torch.autocast(self.device.type, enabled=False)(lambda hidden: forward(hidden[:, 1:-1]))
 
     def replayed(self, forward):
         """`forward` of a block before the MLP: in patched runs of the batch it does the same as in the clean one."""
@@ -91,9 +92,8 @@ class PatchedLM:
     def __call__(self, tokens: Tensor, y_hat: Tensor | None = None) -> Tensor:
         """Logits [rows, ctx_len - 2, vocab] at positions 1 to ctx_len - 2 of tokens [rows, ctx_len]."""
         self.y_hat = y_hat
-        predicted = torch.arange(1, tokens.shape[1] - 1, device=tokens.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.lm(tokens, use_cache=False, logits_to_keep=predicted).logits.float()
+            return self.lm(tokens, use_cache=False).logits.float()
 
 
 class Losses:
