@@ -2,7 +2,7 @@
 
     python eval.py runs/gpt2-layer6
 
-In one pass over held-out documents, which training never saw, for every coder of the run:
+On held-out documents, which training never saw, for every coder of the run:
 
     FVU           sum |y - y_hat|^2 / sum |y - mean(y)|^2 over the whole sample, as in training
     L0, dead %    active latents per token; latents that are never active on the sample
@@ -67,7 +67,7 @@ class PatchedLM:
         head.forward = torch.autocast(self.device.type, enabled=False)(lambda hidden: forward(hidden[:, 1:-1]))
 
     def replayed(self, forward):
-        """`forward` of a block before the MLP: in patched runs of the batch it does the same as in the clean one."""
+        """`forward` of a block before the MLP: patched runs, where it would do the same again, get its last output."""
         output = None
 
         def replay(*args, **kwargs):
@@ -304,7 +304,10 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
 
     # training documents give the affine baseline, the mean for mean-ablation, and where an untrained coder starts
     batches = first_rows(training, rows_wanted, "affine map")
-    A, b, x_mean, y_mean = fit_affine(lm, config["layer"], batches, d, dtype).solve()
+    affine = fit_affine(lm, config["layer"], batches, d, dtype)
+    if affine.n == 0:
+        raise InputError(f"--dataset {args.dataset}: too little text, its training documents fill no row of {ctx_len}")
+    A, b, x_mean, y_mean = affine.solve()
     untrained = Coder("transcoder", d, config["num_latents"], k, seed=args.seed + 1).to(device).requires_grad_(False)
     untrained.start_at(x_mean, y_mean)
     for coder in (*coders.values(), untrained):
@@ -323,7 +326,8 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
             logits = patched(tokens)  # [rows, ctx_len - 2, vocab]
             x, y, neurons, h = (a.flatten(0, 1) for a in (patched.x, patched.y, patched.neurons, patched.hidden))
             seen.append(tokens.cpu())
-            hidden[losses.tokens :][: len(h)] = h.cpu()
+            start = losses.tokens  # before this batch
+            hidden[start : start + len(h)] = h.cpu()
             hidden_sum += h.sum(0, dtype=torch.float64).cpu()
 
             coded = {name: coder(x, y) for name, coder in coders.items()}
@@ -331,9 +335,9 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
             active |= {"neurons": neurons.topk(k, sorted=False), "untrained": untrained(x, y)[1:]}
             for name, (acts, indices) in active.items():
                 if name not in activity:
-                    width = neurons.shape[1] if name == "neurons" else config["num_latents"]
-                    activity[name] = Activity(width, args.latents, generator)
-                activity[name].add(acts, indices, losses.tokens)
+                    num_latents = neurons.shape[1] if name == "neurons" else config["num_latents"]
+                    activity[name] = Activity(num_latents, args.latents, generator)
+                activity[name].add(acts, indices, start)
 
             losses.start(tokens, logits, y)
             y_hats = {name: c.y_hat for name, c in coded.items()}

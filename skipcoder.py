@@ -400,8 +400,8 @@ WARM_UP, DECAY = 0.05, 0.5  # shares over which the learning rate rises at the s
 BETAS = (0.9, 0.98)  # Adam's; the usual 0.999 remembers a thousand steps, half of a short run
 DEAD = 0.02  # a latent is dead once it was silent for this share
 # What a dead latent's bias gains per step until it fires, in standard deviations of the pre-activations (and times the
-# factor of the learning rate). Without it 36% of the SAE's latents die; AuxK, the usual cure, in its place left 13% of
-# the transcoder's latents dead, and a step took five times as long (README).
+# factor of the learning rate). Without it a third of the SAE's latents die; AuxK, the usual cure, in its place left 13%
+# of the transcoder's latents dead, and a step took five times as long (README).
 WAKE = 0.03
 LOG_EVERY, SAVE_EVERY = 5, 300  # seconds
 
@@ -537,7 +537,7 @@ def check(args: argparse.Namespace):
     if args.batch_size % world_size():
         raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {world_size()} processes")
     limit = getattr(from_pretrained(AutoConfig, args.model), "max_position_embeddings", math.inf)
-    if not 3 <= args.ctx_len <= limit:  # of the first token nothing is used, of the last one eval.py has no loss
+    if not 3 <= args.ctx_len <= limit:  # position 0 is not used, and in eval.py the last one has no next token
         raise InputError(f"--ctx-len {args.ctx_len}: at least 3 and, for this model, at most {limit} tokens")
     if (args.out / "config.json").exists() and not args.overwrite:
         raise InputError(f"--out {args.out} holds a run: pass --overwrite to replace it, or another --out")
@@ -664,9 +664,9 @@ def train(args: argparse.Namespace) -> int:
 
 
 def write(flag: str, files: dict[Path, str | dict[str, Tensor]]):
-    """Write texts and tensors to temporary names, then rename all: a full disk or a kill loses nothing that was there.
+    """Write texts and tensors to temporary names, and only then rename all of them: each file is replaced whole.
 
-    Raises InputError, with the flag that named the place.
+    On a full disk none is. Raises InputError, with the flag that named the place.
     """
     temporary = {path: path.with_name(path.name + ".tmp") for path in files}
     try:
@@ -705,12 +705,16 @@ def save_run(out: Path, config: dict, coders: list[Coder]):
         }
         files |= {folder / "sae.safetensors": weights, folder / "cfg.json": json.dumps(cfg, indent=2) + "\n"}
     files[out / "config.json"] = json.dumps(config, indent=2, default=str) + "\n"  # str: of paths and the device
+    try:  # the run that --overwrite replaces may have had coders that this one has not
+        old = json.loads((out / "config.json").read_text())
+        stale = {out / arch / old["hookpoint"] for arch in old["arch"]} - folders.keys()
+    except (OSError, ValueError, KeyError):  # there is none, or it is broken
+        stale = ()
     write("--out", files)
-    if config["overwrite"]:  # remove what only the run had that this one replaces, and nothing else
-        stale = [out / arch for arch in ARCHS if arch not in config["arch"]]
-        stale += [folder for arch in config["arch"] for folder in (out / arch).iterdir() if folder not in folders]
-        for folder in stale:
-            shutil.rmtree(folder, ignore_errors=True)
+    for folder in stale:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            folder.parent.rmdir()  # where nothing else is in it
 
 
 def check_writable(flag: str, path: Path):
@@ -840,7 +844,7 @@ def main():
             dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
         args.device = pick_device(args.device)
         args.subset = args.subset or (DEFAULT_SUBSET if args.dataset == DEFAULT_DATASET else None)
-        rows = default_rows(args.tokens, args.ctx_len * world_size())  # of each process
+        rows = max(1, round(default_rows(args.tokens, args.ctx_len) / world_size()))  # of each process
         args.batch_size = args.batch_size or rows * world_size()
         args.lr = args.lr or default_lr(args.tokens)
         args.out = Path(args.out or f"runs/{Path(args.model).resolve().name}-layer{args.layer}")

@@ -152,6 +152,15 @@ def test_eval_flags(eval_fails, trained, tmp_path):
     assert "--device" in eval_fails(trained, "--device", "abacus")
 
 
+def test_eval_too_little_text(eval_fails, trained, tmp_path):
+    """The first document is held out, so that a data set of one leaves none for the baselines."""
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "no more than this. " * 200}) + "\n")
+    assert "training documents" in eval_fails(trained, "--dataset", text)
+    text.write_text('{"text": "short"}\n' + json.dumps({"text": "no more than this. " * 200}) + "\n")
+    assert "held out" in eval_fails(trained, "--dataset", text)
+
+
 def test_eval_runs_that_are_none(eval_fails, copy, tmp_path):
     assert "no run is there" in eval_fails(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
