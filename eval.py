@@ -197,11 +197,14 @@ class Activity:
 
     def sample(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Per scored latent the tokens it is active on [n] and its activations there [n], the largest first."""
-        latent, token, act = (torch.cat(part) for part in zip(*self.parts))
+        scored = [j for j in self.order.tolist() if self.count[j] >= MIN_ACTIVE][: self.wanted]
+        wanted = torch.zeros_like(self.kept)
+        wanted[scored] = True
+        parts = ([a[wanted[part[0].long()]] for a in part] for part in self.parts)
+        latent, token, act = (torch.cat(part) for part in zip(*parts))
         order = act.argsort(descending=True, stable=True)
         order = order[latent[order].argsort(stable=True)]  # by latent, then by activation
         latent, token, act = latent[order], token[order].long(), act[order]
-        scored = [j for j in self.order.tolist() if self.count[j] >= MIN_ACTIVE][: self.wanted]
         bounds = torch.searchsorted(latent, torch.tensor([[j, j + 1] for j in scored], dtype=torch.int32).view(-1, 2))
         return {j: (token[a:b], act[a:b]) for j, (a, b) in zip(scored, bounds.tolist())}
 
