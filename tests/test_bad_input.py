@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import multiprocessing
 import shutil
 import sys
 
@@ -17,6 +18,8 @@ def fails(script, capfd, monkeypatch, *args) -> str:
     monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, args)])
     with pytest.raises(SystemExit) as exit_info:
         script.main()
+    for reader in multiprocessing.active_children():  # end with the process, or else 5 s after garbage collection
+        reader.terminate()
     out, err = capfd.readouterr()
     lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]  # no bars
     assert exit_info.value.code not in (0, None) and len(lines) == 1, err
