@@ -400,8 +400,8 @@ WARM_UP, DECAY = 0.05, 0.5  # shares over which the learning rate rises at the s
 BETAS = (0.9, 0.98)  # Adam's; the usual 0.999 remembers a thousand steps, half of a short run
 DEAD = 0.02  # a latent is dead once it was silent for this share
 # What a dead latent's bias gains per step until it fires, in standard deviations of the pre-activations (and times the
-# factor of the learning rate). Without it a third of the SAE's latents die; AuxK, the usual cure, in its place left 13%
-# of the transcoder's latents dead, and a step took five times as long (README).
+# factor of the learning rate). Without it a third of the SAE's and a quarter of the transcoder's latents die; AuxK, the
+# usual cure, in its place left 13% of the transcoder's dead, and a step took five times as long (README).
 WAKE = 0.03
 LOG_EVERY, SAVE_EVERY = 5, 300  # seconds
 
