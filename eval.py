@@ -194,6 +194,9 @@ class Activity:
         self.count += latent.bincount(minlength=len(self.count))
         kept = self.kept[latent]
         self.parts.append((latent[kept].int(), (token.cpu()[kept] + start).int(), act[kept].float()))
+        # once enough latents that come first in the order can be scored, those after them need not be kept any more
+        ready = (self.count[self.order] >= MIN_ACTIVE).int()
+        self.kept[self.order[ready.cumsum(0) - ready >= self.wanted]] = False
 
     def sample(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Per scored latent the tokens it is active on [n] and its activations there [n], the largest first."""
