@@ -184,7 +184,7 @@ class Activity:
         self.kept = torch.zeros(num_latents, dtype=torch.bool)
         self.kept[self.order] = True
         self.count = torch.zeros(num_latents, dtype=torch.int64)  # [M] tokens on which each latent is active
-        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.parts, self.recent = [], []  # (latent, token, activation) of batches, [n] each
         self.wanted = wanted
 
     def add(self, acts: Tensor, indices: Tensor, start: int):
@@ -193,23 +193,30 @@ class Activity:
         latent, act = indices[token, slot].cpu(), acts[token, slot].cpu()
         self.count += latent.bincount(minlength=len(self.count))
         kept = self.kept[latent]
-        self.parts.append((latent[kept].int(), (token.cpu()[kept] + start).int(), act[kept].float()))
+        self.recent.append((latent[kept].int(), (token.cpu()[kept] + start).int(), act[kept].float()))
         # once enough latents that come first in the order can be scored, those after them need not be kept any more
         ready = (self.count[self.order] >= MIN_ACTIVE).int()
         self.kept[self.order[ready.cumsum(0) - ready >= self.wanted]] = False
+        if len(self.recent) == 64:  # many small tensors among large ones that come and go would fragment the heap
+            self.parts.append(tuple(map(torch.cat, zip(*self.recent))))
+            self.recent = []
 
     def sample(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Per scored latent the tokens it is active on [n] and its activations there [n], the largest first."""
         scored = [j for j in self.order.tolist() if self.count[j] >= MIN_ACTIVE][: self.wanted]
         wanted = torch.zeros_like(self.kept)
         wanted[scored] = True
-        parts = ([a[wanted[part[0].long()]] for a in part] for part in self.parts)
-        latent, token, act = (torch.cat(part) for part in zip(*parts))
-        order = act.argsort(descending=True, stable=True)
-        order = order[latent[order].argsort(stable=True)]  # by latent, then by activation
-        latent, token, act = latent[order], token[order].long(), act[order]
-        bounds = torch.searchsorted(latent, torch.tensor([[j, j + 1] for j in scored], dtype=torch.int32).view(-1, 2))
-        return {j: (token[a:b], act[a:b]) for j, (a, b) in zip(scored, bounds.tolist())}
+        parts = ([a[wanted[part[0].long()]] for a in part] for part in self.parts + self.recent)
+        latent, token, act = map(torch.cat, zip(*parts))
+        self.parts = self.recent = None  # needed no more
+        order = latent.argsort(stable=True)
+        latent, token, act = latent[order], token[order], act[order]
+        active = {}
+        for j in scored:
+            first, end = torch.searchsorted(latent, torch.tensor([j, j + 1], dtype=torch.int32)).tolist()
+            acts, order = act[first:end].sort(descending=True, stable=True)
+            active[j] = token[first:end][order], acts
+        return active
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,7 +338,7 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
             tokens = tokens.to(device)
             logits = patched(tokens)  # [rows, ctx_len - 2, vocab]
             x, y, neurons, h = (a.flatten(0, 1) for a in (patched.x, patched.y, patched.neurons, patched.hidden))
-            seen.append(tokens.cpu())
+            seen.append(tokens.to("cpu", torch.int32))  # a copy: what the reader sent holds a file open
             start = losses.tokens  # before this batch
             hidden[start : start + len(h)] = h.cpu()
             hidden_sum += h.sum(0, dtype=torch.float64).cpu()
