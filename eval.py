@@ -611,7 +611,6 @@ def main():
     flag("--subset", help="configuration of that data set (default: the run's)")
     args = parser.parse_args()
     skipcoder.quiet_libraries()
-    skipcoder.keep_freed_memory()
     try:
         args.device = skipcoder.pick_device(args.device)
         config, coders = skipcoder.load_run(args.run, args.device)
