@@ -184,7 +184,8 @@ class Activity:
         self.kept = torch.zeros(num_latents, dtype=torch.bool)
         self.kept[self.order] = True
         self.count = torch.zeros(num_latents, dtype=torch.int64)  # [M] tokens on which each latent is active
-        self.parts, self.recent = [], []  # (latent, token, activation) of batches, [n] each
+        # (latent, token, activation) of each pair, on disk: kept as many small tensors they would fragment the heap
+        self.pairs = tempfile.NamedTemporaryFile()
         self.wanted = wanted
 
     def add(self, acts: Tensor, indices: Tensor, start: int):
@@ -193,24 +194,25 @@ class Activity:
         latent, act = indices[token, slot].cpu(), acts[token, slot].cpu()
         self.count += latent.bincount(minlength=len(self.count))
         kept = self.kept[latent]
-        self.recent.append((latent[kept].int(), (token.cpu()[kept] + start).int(), act[kept].float()))
+        pairs = [latent[kept].int(), (token.cpu()[kept] + start).int(), act[kept].float().view(torch.int32)]
+        self.pairs.write(torch.stack(pairs, 1).numpy())  # [n, 3]
         # once enough latents that come first in the order can be scored, those after them need not be kept any more
         ready = (self.count[self.order] >= MIN_ACTIVE).int()
         self.kept[self.order[ready.cumsum(0) - ready >= self.wanted]] = False
-        if len(self.recent) == 64:  # many small tensors among large ones that come and go would fragment the heap
-            self.parts.append(tuple(map(torch.cat, zip(*self.recent))))
-            self.recent = []
 
     def sample(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Per scored latent the tokens it is active on [n] and its activations there [n], the largest first."""
         scored = [j for j in self.order.tolist() if self.count[j] >= MIN_ACTIVE][: self.wanted]
+        if not scored:
+            return {}
         wanted = torch.zeros_like(self.kept)
         wanted[scored] = True
-        parts = ([a[wanted[part[0].long()]] for a in part] for part in self.parts + self.recent)
-        latent, token, act = map(torch.cat, zip(*parts))
-        self.parts = self.recent = None  # needed no more
+        self.pairs.flush()
+        size = Path(self.pairs.name).stat().st_size // 4
+        pairs = torch.from_file(self.pairs.name, size=size, dtype=torch.int32).view(-1, 3)
+        latent, token, act = pairs[wanted[pairs[:, 0].long()]].unbind(1)
         order = latent.argsort(stable=True)
-        latent, token, act = latent[order], token[order], act[order]
+        latent, token, act = latent[order], token[order], act[order].view(torch.float32)
         active = {}
         for j in scored:
             first, end = torch.searchsorted(latent, torch.tensor([j, j + 1], dtype=torch.int32)).tolist()
@@ -328,7 +330,8 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
 
     patched = PatchedLM(lm, config["layer"], dtype)
     losses = Losses(d, device)
-    activity, seen = {}, []
+    activity = {}
+    seen = torch.empty(rows_wanted, ctx_len, dtype=torch.int32)
     with tempfile.NamedTemporaryFile() as file:
         # the last hidden state of every token, on disk: 1.5 GB for 1M tokens of GPT-2
         size = rows_wanted * (ctx_len - 1) * d
@@ -338,8 +341,9 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
             tokens = tokens.to(device)
             logits = patched(tokens)  # [rows, ctx_len - 2, vocab]
             x, y, neurons, h = (a.flatten(0, 1) for a in (patched.x, patched.y, patched.neurons, patched.hidden))
-            seen.append(tokens.to("cpu", torch.int32))  # a copy: what the reader sent holds a file open
             start = losses.tokens  # before this batch
+            row = start // (ctx_len - 1)
+            seen[row : row + len(tokens)] = tokens.cpu()
             hidden[start : start + len(h)] = h.cpu()
             hidden_sum += h.sum(0, dtype=torch.float64).cpu()
 
@@ -376,7 +380,7 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
 
     density = {name: a.count.double() / n for name, a in activity.items()}  # [M] share of tokens
     scored = {name: (sampled[name], found[name], density[name]) for name in (*coders, "neurons")}
-    return assemble(list(coders), losses, density, found), (torch.cat(seen), scored, tokenizer)
+    return assemble(list(coders), losses, density, found), (seen, scored, tokenizer)
 
 
 def assemble(coders: list[str], losses: Losses, density: dict[str, Tensor], found: dict[str, Tensor]) -> dict:
@@ -611,6 +615,7 @@ def main():
     flag("--subset", help="configuration of that data set (default: the run's)")
     args = parser.parse_args()
     skipcoder.quiet_libraries()
+    skipcoder.keep_freed_memory()
     try:
         args.device = skipcoder.pick_device(args.device)
         config, coders = skipcoder.load_run(args.run, args.device)

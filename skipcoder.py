@@ -796,10 +796,7 @@ def first_line(error: Exception) -> str:
 
 
 def keep_freed_memory():
-    """Tell glibc to keep memory that was freed: new pages for the tensors of each step take 7 to 15% of a CPU step.
-
-    Only for training, whose steps are alike. What eval.py keeps of each batch would get in the way of large ones.
-    """
+    """Tell glibc to keep memory that was freed: new pages for the tensors of each step take 7 to 15% of a CPU step."""
     if platform.libc_ver()[0] == "glibc":
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
         libc = ctypes.CDLL(None)
