@@ -204,13 +204,15 @@ class Activity:
         """Per scored latent the tokens it is active on [n] and its activations there [n], the largest first."""
         scored = [j for j in self.order.tolist() if self.count[j] >= MIN_ACTIVE][: self.wanted]
         if not scored:
+            self.pairs.close()
             return {}
         wanted = torch.zeros_like(self.kept)
         wanted[scored] = True
-        self.pairs.flush()
-        size = Path(self.pairs.name).stat().st_size // 4
-        pairs = torch.from_file(self.pairs.name, size=size, dtype=torch.int32).view(-1, 3)
-        latent, token, act = pairs[wanted[pairs[:, 0].long()]].unbind(1)
+        with self.pairs as file:  # deleted at the end
+            file.flush()
+            size = Path(file.name).stat().st_size // 4
+            pairs = torch.from_file(file.name, size=size, dtype=torch.int32).view(-1, 3)
+            latent, token, act = pairs[wanted[pairs[:, 0].long()]].unbind(1)
         order = latent.argsort(stable=True)
         latent, token, act = latent[order], token[order], act[order].view(torch.float32)
         active = {}
