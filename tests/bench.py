@@ -30,18 +30,20 @@ from skipcoder import ARCHS, Coder, MLPActivations, TokenBatches, Trainer, find_
 
 LAYER, D, M, K, CTX_LEN = 6, 768, 24576, 32, 256
 
-# What sparsify runs for one coder: its LM forward with the hook, its coder forward and backward, Adam. Its own
-# Trainer would add data loading and logging to that.
+# What sparsify runs for one coder: the LM's forward pass with a hook (all blocks, no LM head; on a GPU in bf16, as its
+# command line loads it), its coder's forward and backward, Adam. Its own Trainer adds data and logging to that.
 SPARSIFY = """
 import sys, time, torch
 from sparsify.sparse_coder import SparseCoder
 from sparsify.config import SparseCoderConfig
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2Model
 torch.manual_seed(0)
 rows = int(sys.argv[1]); device = sys.argv[2]
-lm = GPT2LMHeadModel(GPT2Config()).eval().to(device)
+lm = GPT2Model(GPT2Config()).eval().to(device)
+if torch.cuda.is_bf16_supported():
+    lm.to(torch.bfloat16)
 seen = {}
-lm.transformer.h[6].mlp.register_forward_hook(lambda m, a, o: seen.update(x=a[0].flatten(0, 1), y=o.flatten(0, 1)))
+lm.h[6].mlp.register_forward_hook(lambda m, a, o: seen.update(x=a[0].flatten(0, 1), y=o.flatten(0, 1)))
 coder = SparseCoder(768, SparseCoderConfig(transcode=True, normalize_decoder=False), device=device)
 optimizer = torch.optim.Adam(coder.parameters(), lr=1e-4)
 tokens = torch.randint(50257, (rows, 256), device=device)
