@@ -53,65 +53,6 @@ ARCHS = ("sae", "transcoder", "skip_transcoder")
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest entries of each row of pre [N, M] and where they are, [N, k] each, not sorted.
-
-    Exact, and in two stages, which takes 0.6 of the time of topk on whole rows: with a row cut into groups of 16, its k
-    largest entries are among the k groups whose maxima are largest.
-    """
-    N, M = pre.shape
-    size = math.gcd(M, 16)
-    groups = pre.view(N, size, M // size)  # the entries j, j + M / size, j + 2 M / size, ... are one group
-    best = groups.amax(1).topk(min(k, M // size), sorted=False).indices  # [N, k], or all groups if there are fewer
-    candidates = groups.gather(2, best[:, None].expand(-1, size, -1))  # [N, size, k]
-    z, which = candidates.flatten(1).topk(k, sorted=False)  # [N, size * k] -> [N, k]
-    row, column = which // best.shape[1], which % best.shape[1]
-    return z, row * (M // size) + best.gather(1, column)
-
-
-class SparseMLP(torch.autograd.Function):
-    """out = W_dec TopK(W_enc (x - shift) + b_enc), with gradients that touch only the k active latents of each token.
-
-    `shift` [d] is b_dec for the autoencoder and None for the others. The LM is not trained, so x needs no gradient.
-    The forward pass is one dense matmul and a topk; all that follows is sparse. The decoder is an embedding bag: the
-    weighted sum of the k rows of W_dec that a token uses. The gradient of either weight matrix is an embedding bag as
-    well, over the same (token, latent) pairs sorted by latent: a row of the gradient is the weighted sum of the
-    tokens that used this latent.
-    """
-
-    @staticmethod
-    def forward(ctx, x, shift, W_enc, b_enc, W_dec, k, dtype):
-        x = x if shift is None else x - shift
-        pre = F.linear(x.to(dtype), W_enc.to(dtype), b_enc.to(dtype))  # [N, d] @ [d, M] -> [N, M]
-        z, idx = topk(pre, k)  # [N, k] each
-        z = z.relu().to(W_dec.dtype)
-        ctx.save_for_backward(x, W_enc, W_dec, z, idx)
-        ctx.mark_non_differentiable(z, idx)
-        return F.embedding_bag(idx, W_dec, per_sample_weights=z, mode="sum"), z, idx  # [N, k], [M, d] -> [N, d]
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        x, W_enc, W_dec, z, idx = ctx.saved_tensors
-        (N, k), M = idx.shape, len(W_enc)
-        # d loss / d z = (grad[:, None] * W_dec[idx]).sum(-1), without a tensor [N, k, d]; the last 0 is mode="sum"
-        bag = torch.arange(N, device=idx.device)
-        dz = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            grad, W_dec, idx.flatten(), bag * k, bag.repeat_interleave(k), 0
-        ) * (z.flatten() > 0)  # [N * k]
-        # the (token, latent) pairs sorted by latent; latent j owns the pairs from start[j] to start[j + 1]
-        latent, order = idx.flatten().sort()
-        start = torch.searchsorted(latent, torch.arange(M, device=idx.device))  # [M]
-        token = order // k  # [N * k]
-
-        def per_latent(rows: Tensor, weights: Tensor) -> Tensor:  # [N, d], [N * k] -> [M, d]
-            return F.embedding_bag(token, rows, start, per_sample_weights=weights[order], mode="sum")
-
-        grad_b_enc = W_enc.new_zeros(M).index_add_(0, idx.flatten(), dz)  # [M]
-        # all pre-activations contain W_enc (-shift): [M] @ [M, d] -> [d]
-        grad_shift = -(grad_b_enc @ W_enc) if ctx.needs_input_grad[1] else None
-        return None, grad_shift, per_latent(x, dz), grad_b_enc, per_latent(grad, z.flatten()), None, None
-
-
 class Coded(NamedTuple):
     y_hat: Tensor  # [N, d] the prediction of y
     acts: Tensor  # [N, k] activations of the latents that TopK kept, not sorted; zero where ReLU cut them
@@ -155,13 +96,74 @@ class Coder(nn.Module):
         return Coded(out, acts, indices)
 
     def sparse_mlp(self, x: Tensor, y: Tensor, latents: Tensor | None = None, k: int | None = None):
-        """W_dec z, activations and indices; with `latents` as if there were no others (indices then count in it)."""
+        """W_dec z, activations and indices; for AuxK of these `latents` alone (indices then count in them)."""
         # a transcoder never subtracts b_dec from its input: b_dec is the mean of y, not of x
         source, shift = (y, self.b_dec) if self.arch == "sae" else (x, None)
         weights = self.encoder.weight, self.encoder.bias, self.W_dec
         if latents is not None:
             weights = [w[latents] for w in weights]
         return SparseMLP.apply(source, shift, *weights, k or self.k, self.matmul_dtype)
+
+
+class SparseMLP(torch.autograd.Function):
+    """W_dec TopK(W_enc (source - shift) + b_enc), with gradients that touch only the k active latents of each token.
+
+    `source` [N, d] is what the coder reads, y or x; the LM is not trained, so it needs no gradient. `shift` [d] is
+    b_dec for the autoencoder and None for the others.
+    The forward pass is one dense matmul and a topk; all that follows is sparse. The decoder is an embedding bag: the
+    weighted sum of the k rows of W_dec that a token uses. The gradient of either weight matrix is an embedding bag as
+    well, over the same (token, latent) pairs sorted by latent: a row of the gradient is the weighted sum of the
+    tokens that used this latent.
+    """
+
+    @staticmethod
+    def forward(ctx, source, shift, W_enc, b_enc, W_dec, k, dtype):
+        source = source if shift is None else source - shift
+        pre = F.linear(source.to(dtype), W_enc.to(dtype), b_enc.to(dtype))  # [N, d] @ [d, M] -> [N, M]
+        z, idx = topk(pre, k)  # [N, k] each
+        z = z.relu().to(W_dec.dtype)
+        ctx.save_for_backward(source, W_enc, W_dec, z, idx)
+        ctx.mark_non_differentiable(z, idx)
+        return F.embedding_bag(idx, W_dec, per_sample_weights=z, mode="sum"), z, idx  # [N, k], [M, d] -> [N, d]
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        source, W_enc, W_dec, z, idx = ctx.saved_tensors
+        (N, k), M = idx.shape, len(W_enc)
+        # d loss / d z = (grad[:, None] * W_dec[idx]).sum(-1), without a tensor [N, k, d]; the last 0 is mode="sum"
+        bag = torch.arange(N, device=idx.device)
+        dz = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            grad, W_dec, idx.flatten(), bag * k, bag.repeat_interleave(k), 0
+        ) * (z.flatten() > 0)  # [N * k]
+        # the (token, latent) pairs sorted by latent; latent j owns the pairs from start[j] to start[j + 1]
+        latent, order = idx.flatten().sort()
+        start = torch.searchsorted(latent, torch.arange(M, device=idx.device))  # [M]
+        token = order // k  # [N * k]
+
+        def per_latent(rows: Tensor, weights: Tensor) -> Tensor:  # [N, d], [N * k] -> [M, d]
+            return F.embedding_bag(token, rows, start, per_sample_weights=weights[order], mode="sum")
+
+        grad_b_enc = W_enc.new_zeros(M).index_add_(0, idx.flatten(), dz)  # [M]
+        # all pre-activations contain W_enc (-shift): [M] @ [M, d] -> [d]
+        grad_shift = -(grad_b_enc @ W_enc) if ctx.needs_input_grad[1] else None
+        return None, grad_shift, per_latent(source, dz), grad_b_enc, per_latent(grad, z.flatten()), None, None
+
+
+def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest entries of each row of pre [N, M] and where they are, [N, k] each, not sorted.
+
+    Exact, and in two stages, which takes 0.6 of the time of topk on whole rows: with a row cut into groups of 16, its k
+    largest entries are among the k groups whose maxima are largest.
+    """
+    M = pre.shape[1]
+    size = math.gcd(M, 16)
+    n = M // size
+    groups = pre.view(-1, size, n)  # the entries j, j + n, j + 2 n, ... of a row are its group j
+    best = groups.amax(1).topk(min(k, n), sorted=False).indices  # [N, k], or all n groups if there are fewer
+    candidates = groups.gather(2, best[:, None].expand(-1, size, -1))  # [N, size, k]
+    z, which = candidates.flatten(1).topk(k, sorted=False)  # [N, size * k] -> [N, k]
+    member, slot = which // best.shape[1], which % best.shape[1]
+    return z, member * n + best.gather(1, slot)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,7 +173,7 @@ class Coder(nn.Module):
 DEFAULT_DATASET, DEFAULT_SUBSET = "HuggingFaceFW/fineweb", "sample-10BT"
 READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # suffix -> builder of `datasets`
 HELD_OUT = 10  # every 10th document is for eval.py alone
-SHUFFLE_ROWS = 2048  # rows to draw from: neighbours share their subject; steps of unrelated rows reach a 15% lower FVU
+SHUFFLE_ROWS = 2048  # pool that rows are drawn from: neighbours are alike, and mixing them lowers FVU by 15%
 
 HUB_HINT = (  # said when something cannot be had from the Hugging Face hub
     "check the name and the connection, or pass a local folder as --model and a local file or folder as --dataset"
@@ -194,28 +196,29 @@ def documents(dataset: str, subset: str | None):
 
     path = Path(dataset)
     if not path.exists():
-        sources = [(dataset, (dataset, subset), {})]
+        sources = [(dataset, None)]  # on the hub
     else:
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        sources = [(file, (reader(file),), {"data_files": str(file)}) for file in files if reader(file)]
+        sources = [(str(file), reader(file)) for file in files if reader(file)]
         if not sources:
             raise InputError(f"--dataset {dataset}: no {', '.join(READERS)} file (text ones may be .gz) there")
-    for name, where, options in sources:
-        if where[0] == "text":
+    for name, kind in sources:
+        options = {"path": kind, "data_files": name} if kind else {"path": name, "name": subset}
+        if kind == "text":
             options["sample_by"] = "document"  # one text a file, not one a line
-        if options and os.path.getsize(name) == 0:
+        if kind and os.path.getsize(name) == 0:
             raise InputError(f"--dataset {name}: the file is empty")
         try:
-            for example in datasets.load_dataset(*where, **options, split="train", streaming=True):
-                text = example.get("text", 0)
+            for example in datasets.load_dataset(**options, split="train", streaming=True):
+                text = example.get("text", 0)  # 0: no string
                 text = "" if text is None else text  # some data sets have a null here and there
                 if not isinstance(text, str):
                     raise InputError(f"--dataset {name}: no column 'text' of strings, only {', '.join(example)}")
-                yield from pieces(text) if where[0] == "text" else [text]
+                yield from pieces(text) if kind == "text" else [text]
         except InputError:
             raise
         except Exception as error:  # broken JSON or parquet, hub out of reach, no such data set, ...
-            hint = "" if path.exists() else f"; {HUB_HINT}"
+            hint = "" if kind else f"; {HUB_HINT}"
             raise InputError(f"--dataset {name}: {first_line(error)}{hint}") from error
 
 
@@ -264,8 +267,9 @@ class TokenBatches(IterableDataset):
                         f"--dataset {self.dataset}: too little text, {seen} rows of {self.ctx_len} tokens where one"
                         f" batch takes {self.rows}: give more text, or lower --batch-size or --ctx-len"
                     )
-                if epoch == 0:
-                    yield f"--dataset {self.dataset} is used up after {seen * self.ctx_len:,} tokens and is repeated"
+                if epoch == 0 and self.rank == 0:
+                    tokens = seen * self.ctx_len * self.world
+                    yield f"--dataset {self.dataset} is used up after {tokens:,} tokens and is repeated"
         except InputError as error:
             yield error
 
@@ -305,6 +309,7 @@ def leave_group(_worker: int):
 
 def read_ahead(data: TokenBatches):
     """Start a process that reads and tokenises ahead; return an iterator over its batches [rows, ctx_len]."""
+    # not a generator itself: the process starts with this call, not with the first batch
     ahead = iter(DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=16, worker_init_fn=leave_group))
 
     def batches():
@@ -354,7 +359,7 @@ def load_lm(name: str, device: torch.device, dtype: torch.dtype, flag: str = "--
 def find_mlp(lm: nn.Module, layer: int) -> tuple[str, nn.ModuleList, nn.Module]:
     """Return the hookpoint (the MLP's name under the base model, "h.6.mlp"), the list of blocks, and the MLP itself.
 
-    Any decoder of `transformers` will do whose base model has one list of blocks that have an `.mlp`.
+    Any decoder of `transformers` will do whose base model has one list of blocks that have an `.mlp`, a dense one.
     """
     found = [
         (name, blocks)
@@ -366,6 +371,8 @@ def find_mlp(lm: nn.Module, layer: int) -> tuple[str, nn.ModuleList, nn.Module]:
     name, blocks = found[0]
     if not 0 <= layer < len(blocks):
         raise InputError(f"--layer {layer}: the model has blocks 0 to {len(blocks) - 1}")
+    if hasattr(blocks[layer].mlp, "experts"):
+        raise InputError(f"--layer {layer}: its MLP is a mixture of experts, and only dense ones can be coded")
     return f"{name}.{layer}.mlp", blocks, blocks[layer].mlp
 
 
@@ -381,6 +388,8 @@ class MLPActivations:
         mlp.register_forward_hook(self.hook)
 
     def hook(self, mlp, args, output):
+        if len(args) != 1:  # BLOOM's, for one, is given the residual stream as well, and adds its output to it
+            raise InputError(f"--model: {type(mlp).__name__} takes {len(args)} inputs, not one")
         self.x, self.y = args[0], output  # [rows, ctx_len, d] each
 
     @torch.no_grad()
@@ -467,7 +476,7 @@ class Trainer:
         self.optimizer.step()
         if coder.arch == "sae":
             coder.W_dec.data = F.normalize(coder.W_dec.data)
-        coder.encoder.bias.data += WAKE * self.z_scale * lr_factor * dead
+        coder.encoder.bias.data += WAKE * self.z_scale * lr_factor * dead  # dead latents wake up, see WAKE
 
     def auxk_loss(self, x: Tensor, y: Tensor, error: Tensor, dead: Tensor) -> Tensor:
         """Squared error of the dead latents at predicting what the others left over (Gao et al. 2024, appendix A.2).
@@ -526,8 +535,7 @@ def any_process(*flags) -> list[bool]:
     """Which of the flags are set in at least one process."""
     if not dist.is_initialized():
         return [bool(flag) for flag in flags]
-    counts = torch.tensor([bool(flag) for flag in flags], dtype=torch.float32)
-    counts = counts.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    counts = torch.tensor([bool(flag) for flag in flags], dtype=torch.float32)  # on the CPU: no GPU is waited for
     sum_over_processes(counts)
     return (counts > 0).tolist()
 
@@ -615,7 +623,7 @@ def train(args: argparse.Namespace) -> int:
     log = ""
     with tqdm(total=steps * step_tokens, unit="tok", unit_scale=True, disable=rank() > 0) as bar:
         for step, batch in enumerate(islice(batches, steps)):
-            x, y = activations(batch.to(args.device, non_blocking=True))  # [rows * (ctx_len - 1), d] each
+            x, y = activations(batch.to(args.device))  # [rows * (ctx_len - 1), d] each
             _, variance = mean_and_variance(y)
             for trainer in trainers.values():
                 trainer.step(x, y, variance, lr_schedule((step + 0.5) / steps))
@@ -825,9 +833,9 @@ def main():
     flag("--k", type=whole, default=32, help="latents active per token (default %(default)s)")
     flag("--tokens", type=whole, default=DEFAULT_TOKENS, help="tokens to train on (default %(default)s)")
     flag("--ctx-len", type=whole, default=256, help="tokens in a row; the first is not used (default %(default)s)")
-    flag("--batch-size", type=whole, help="rows in a step (default: grows with --tokens, see default_rows)")
-    flag("--lr", type=positive, help="Adam's learning rate (default: falls with --tokens, see default_lr)")
-    flag("--auxk-alpha", type=not_negative, default=0.0, help="weight of the AuxK loss (default 0: see WAKE)")
+    flag("--batch-size", type=whole, help="rows in a step (default: grows with --tokens, see README, Recipe)")
+    flag("--lr", type=positive, help="Adam's learning rate (default: falls with --tokens, see README, Recipe)")
+    flag("--auxk-alpha", type=not_negative, default=0.0, help="weight of the AuxK loss (default 0: see README, Recipe)")
     flag("--seed", type=int, default=0, help="seed of the coders' start and of the order of the rows (default 0)")
     flag("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     flag("--out", help="run directory (default runs/<model>-layer<L>)")
@@ -837,12 +845,14 @@ def main():
     quiet_libraries()
     keep_freed_memory()
     try:
-        if "LOCAL_RANK" in os.environ:  # started by torchrun: one process per GPU, or several on the CPU
-            if args.device in ("auto", "cuda") and torch.cuda.is_available():
-                args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-                torch.cuda.set_device(args.device)
-            dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        torchrun = "LOCAL_RANK" in os.environ  # starts one process per GPU, or several on the CPU
+        if torchrun and args.device in ("auto", "cuda") and torch.cuda.is_available():
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         args.device = pick_device(args.device)
+        if torchrun:
+            if args.device.type == "cuda":
+                torch.cuda.set_device(args.device)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
         args.subset = args.subset or (DEFAULT_SUBSET if args.dataset == DEFAULT_DATASET else None)
         rows = max(1, round(default_rows(args.tokens, args.ctx_len) / world_size()))  # of each process
         args.batch_size = args.batch_size or rows * world_size()

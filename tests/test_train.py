@@ -15,6 +15,8 @@ from conftest import ROOT, run
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -23,6 +25,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 from skipcoder import ARCHS, InputError, MLPActivations, find_mlp, load_run
@@ -221,6 +225,18 @@ def test_model_families(family, tmp_path, device):
     torch.testing.assert_close(y, whole["y"][:, 1:].reshape(-1, 16))
     with pytest.raises(InputError, match="--layer 7.*0 to 1"):
         find_mlp(lm, 7)
+
+
+def test_mlps_that_cannot_be_coded(device):
+    """BLOOM's MLP adds the residual stream to its output, and a mixture of experts has no neurons of its own."""
+    torch.manual_seed(0)
+    mixture = MixtralForCausalLM(MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=2))
+    with pytest.raises(InputError, match="--layer 1.*mixture of experts"):
+        find_mlp(mixture, 1)
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=2)).to(device)
+    activations = MLPActivations(bloom, find_mlp(bloom, 1)[2], torch.float32)
+    with pytest.raises(InputError, match="--model: BloomMLP takes 2 inputs"):
+        activations(torch.randint(64, (2, 12), device=device))
 
 
 def test_two_processes_equal_one(tiny, tmp_path):
