@@ -61,10 +61,11 @@ class PatchedLM:
         output_layer = [module for module in mlp.modules() if isinstance(module, (nn.Linear, Conv1D))][-1]
         output_layer.register_forward_pre_hook(lambda _, args: self.keep("neurons", args[0]))
         lm.base_model.register_forward_hook(lambda _, args, output: self.keep("hidden", output.last_hidden_state))
-        # the LM head stays in fp32, as bf16 logits have steps of 0.1 nats, and runs only where its output counts
+        # the LM head stays in fp32, as bf16 logits have steps of 0.1 nats, and runs only where its output counts:
+        # position 0 is left out, and the last one has no next token
         head = lm.get_output_embeddings()
         forward = head.forward
-        head.forward = torch.autocast(self.device.type, enabled=False)(lambda hidden: forward(hidden[:, 1:-1]))
+        head.forward = torch.autocast(self.device.type, enabled=False)(lambda hidden: forward(hidden[:, 1:-1].float()))
 
     def replayed(self, forward):
         """`forward` of a block before the MLP: patched runs, where it would do the same again, get its last output."""
@@ -180,13 +181,15 @@ class Activity:
     def __init__(self, num_latents: int, wanted: int, generator: torch.Generator):
         # Which latents are active often enough to be scored is known only at the end, and keeping every activation
         # would take memory without bound: keep a random part of the latents, enough to find the wanted number among.
-        self.order = torch.randperm(num_latents, generator=generator)[: 4 * wanted]  # latents that are kept
+        self.drawn = torch.randperm(num_latents, generator=generator)[
+            : 4 * wanted
+        ]  # latents, the first to be preferred
         self.kept = torch.zeros(num_latents, dtype=torch.bool)
-        self.kept[self.order] = True
+        self.kept[self.drawn] = True
         self.count = torch.zeros(num_latents, dtype=torch.int64)  # [M] tokens on which each latent is active
         # (latent, token, activation) of each pair, on disk: kept as many small tensors they would fragment the heap
         self.pairs = tempfile.NamedTemporaryFile()
-        self.wanted = wanted
+        self.tokens, self.wanted = 0, wanted
 
     def add(self, acts: Tensor, indices: Tensor, start: int):
         """acts, indices [N, k] of the tokens start to start + N of the sample."""
@@ -196,30 +199,37 @@ class Activity:
         kept = self.kept[latent]
         pairs = [latent[kept].int(), (token.cpu()[kept] + start).int(), act[kept].float().view(torch.int32)]
         self.pairs.write(torch.stack(pairs, 1).numpy())  # [n, 3]
-        # once enough latents that come first in the order can be scored, those after them need not be kept any more
-        ready = (self.count[self.order] >= MIN_ACTIVE).int()
-        self.kept[self.order[ready.cumsum(0) - ready >= self.wanted]] = False
+        self.tokens = start + len(acts)
+        # once enough latents drawn earlier can be scored, a latent need not be kept any more
+        ready = self.ready().int()
+        ready_before = ready.cumsum(0) - ready
+        self.kept[self.drawn[ready_before >= self.wanted]] = False
+
+    def ready(self) -> Tensor:
+        """Which of the drawn latents can be scored: often active, but not on every token, which leaves no intruder."""
+        count = self.count[self.drawn]
+        return (count >= MIN_ACTIVE) & (count < self.tokens)
 
     def sample(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Per scored latent the tokens it is active on [n] and its activations there [n], the largest first."""
-        scored = [j for j in self.order.tolist() if self.count[j] >= MIN_ACTIVE][: self.wanted]
+        scored = self.drawn[self.ready()][: self.wanted].tolist()
         if not scored:
             self.pairs.close()
             return {}
-        wanted = torch.zeros_like(self.kept)
-        wanted[scored] = True
+        is_scored = torch.zeros_like(self.kept)
+        is_scored[scored] = True
         with self.pairs as file:  # deleted at the end
             file.flush()
             size = Path(file.name).stat().st_size // 4
             pairs = torch.from_file(file.name, size=size, dtype=torch.int32).view(-1, 3)
-            latent, token, act = pairs[wanted[pairs[:, 0].long()]].unbind(1)
-        order = latent.argsort(stable=True)
-        latent, token, act = latent[order], token[order], act[order].view(torch.float32)
+            latent, token, act = pairs[is_scored[pairs[:, 0].long()]].unbind(1)
+        by_latent = latent.argsort(stable=True)
+        latent, token, act = latent[by_latent], token[by_latent], act[by_latent].view(torch.float32)
         active = {}
         for j in scored:
             first, end = torch.searchsorted(latent, torch.tensor([j, j + 1], dtype=torch.int32)).tolist()
-            acts, order = act[first:end].sort(descending=True, stable=True)
-            active[j] = token[first:end][order], acts
+            acts, by_act = act[first:end].sort(descending=True, stable=True)
+            active[j] = token[first:end][by_act], acts
         return active
 
 
@@ -244,6 +254,8 @@ def intruder_trials(active: dict[int, tuple[Tensor, Tensor]], hidden: Tensor, me
     The tokens of a latent, sorted by activation, are cut into fifths; trial t shows 4 tokens of fifth t mod 5 (0 is the
     top fifth) and one token on which the latent is not active. Chance is 1/5.
     """
+    if not active:
+        return torch.empty(0, TRIALS, dtype=torch.bool)
     shown = []
     for tokens, _ in active.values():
         silent = torch.ones(len(hidden), dtype=torch.bool)
@@ -264,7 +276,10 @@ def found_last(tokens: Tensor, hidden: Tensor, mean: Tensor) -> Tensor:
 
 
 def summary(found: Tensor) -> dict:
-    """Score, standard error over latents and score by fifth, from bool [latents, trials]."""
+    """Score, standard error over latents and score by fifth, from bool [latents, trials]; None for fewer than two."""
+    if len(found) < 2:
+        nothing = {"intruder": None, "intruder_se": None, "intruder_by_quantile": None}
+        return nothing | {"latents_scored": len(found)}
     scores = found.double().mean(1)  # [latents]
     return {
         "intruder": scores.mean().item(),
@@ -320,7 +335,8 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
         raise InputError(f"{model} {config['model']} is {width} wide, the coders are {d} wide: it is another model")
 
     # training documents give the affine baseline, the mean for mean-ablation, and where an untrained coder starts
-    batches = first_rows(training, rows_wanted, "affine map")
+    rows_to_fit = max(rows_wanted, math.ceil(100 * d / (ctx_len - 1)))  # fewer tokens would overfit by over 1%
+    batches = first_rows(training, rows_to_fit, "affine map")
     affine = fit_affine(lm, config["layer"], batches, d, dtype)
     if affine.n == 0:
         raise InputError(f"--dataset {args.dataset}: too little text, its training documents fill no row of {ctx_len}")
@@ -341,9 +357,11 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
         hidden_sum = torch.zeros(d, dtype=torch.float64)
         for tokens in first_rows(held_out, rows_wanted, "held-out"):
             tokens = tokens.to(device)
-            logits = patched(tokens)  # [rows, ctx_len - 2, vocab]
+            logits = patched(tokens)
             x, y, neurons, h = (a.flatten(0, 1) for a in (patched.x, patched.y, patched.neurons, patched.hidden))
             start = losses.tokens  # before this batch
+            losses.start(tokens, logits, y)
+            del logits  # [rows, ctx_len - 2, vocab], as large as all else
             row = start // (ctx_len - 1)
             seen[row : row + len(tokens)] = tokens.cpu()
             hidden[start : start + len(h)] = h.cpu()
@@ -351,14 +369,14 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
 
             coded = {name: coder(x, y) for name, coder in coders.items()}
             active = {name: (c.acts, c.indices) for name, c in coded.items()}
-            active |= {"neurons": neurons.topk(k, sorted=False), "untrained": untrained(x, y)[1:]}
+            active["neurons"] = neurons.topk(min(k, neurons.shape[1]), sorted=False)
+            _, *active["untrained"] = untrained(x, y)
             for name, (acts, indices) in active.items():
                 if name not in activity:
                     num_latents = neurons.shape[1] if name == "neurons" else config["num_latents"]
                     activity[name] = Activity(num_latents, args.latents, generator)
                 activity[name].add(acts, indices, start)
 
-            losses.start(tokens, logits, y)
             y_hats = {name: c.y_hat for name, c in coded.items()}
             y_hats |= {"affine": x @ A + b, "mean": y_mean.expand_as(y), "zero": torch.zeros_like(y)}
             for name, y_hat in y_hats.items():
@@ -370,11 +388,6 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
                 f"--dataset {args.dataset}: every 10th document is held out, and they fill no row of {ctx_len} tokens"
             )
         sampled = {name: a.sample() for name, a in activity.items()}
-        if any(len(latents) < 2 for latents in sampled.values()):
-            raise InputError(
-                f"--tokens {args.tokens}, --latents {args.latents}: fewer than two latents with {MIN_ACTIVE} active"
-                f" tokens to score among the {n:,} held-out tokens read; raise them or give a larger --dataset"
-            )
         mean = (hidden_sum / n).float()
         found = {name: intruder_trials(latents, hidden[:n], mean, generator) for name, latents in sampled.items()}
         random_tokens = torch.randint(n, (args.latents, TRIALS, SHOWN + 1), generator=generator)
@@ -416,7 +429,7 @@ def table(report: dict) -> str:
     def cell(template: str, row: dict) -> str:
         try:
             return template.format(**row)
-        except KeyError:  # a baseline that has no such number
+        except (KeyError, TypeError):  # a baseline that has no such number, or no latents to score
             return ""
 
     rows = {**report["coders"], **report["baselines"]}
@@ -447,6 +460,12 @@ def notes(report: dict) -> list[str]:
         "Intruder: how often the odd one out of five contexts is found; chance is 0.2, which null should be within 3"
         " standard errors of. Compare coders with neurons and untrained, and differences with the errors given.",
     ]
+    scored = {**report["coders"], **report["baselines"]}
+    if too_few := [name for name, row in scored.items() if row.get("latents_scored", 2) < 2]:
+        lines.append(
+            f"Without an intruder score, since fewer than two latents were active on {MIN_ACTIVE} tokens or more:"
+            f" {', '.join(too_few)}. Raise --tokens or --latents."
+        )
     if "transcoder" in closed:
         share = {name: f"{closed[name] / closed['transcoder']:.1%}" for name in closed}
         lines.append(
@@ -478,7 +497,7 @@ def page_data(seen: Tensor, latents: dict, tokenizer) -> dict:
     Four contexts are those of the largest activations and four are random ones, of each lower fifth one. A context is
     [fifth, position of the peak, tokens, activation of each on a scale of 0 to 9].
     """
-    vocabulary, text, random = {}, [], torch.Generator().manual_seed(0)
+    vocabulary, random = {}, torch.Generator().manual_seed(0)  # token -> its place in the page's list of texts
     ctx_len = seen.shape[1]
     coders = {}
     for name, (active, found, density) in latents.items():
@@ -497,16 +516,13 @@ def page_data(seen: Tensor, latents: dict, tokenizer) -> dict:
                 first, last = max(column - BEFORE, -1), min(column + AFTER, ctx_len - 2)
                 span = range(first, last + 1)
                 ids = seen[row, first + 1 : last + 2].tolist()
-                for token in ids:
-                    if token not in vocabulary:
-                        vocabulary[token] = len(text)
-                        text.append(legible(tokenizer, token))
+                words = [vocabulary.setdefault(token, len(vocabulary)) for token in ids]
                 base = row * (ctx_len - 1)
                 levels = [level.get(base + c, 0) if c >= 0 else 0 for c in span]
-                contexts.append([fifth, column - first, [vocabulary[t] for t in ids], "".join(map(str, levels))])
+                contexts.append([fifth, column - first, words, "".join(map(str, levels))])
             score = right.double().mean().item()
             coders[name].append([latent, score, density[latent].item(), top.item(), contexts])
-    return {"text": text, "coders": coders}
+    return {"text": [legible(tokenizer, token) for token in vocabulary], "coders": coders}
 
 
 def page(config: dict, report: dict, seen: Tensor, latents: dict, tokenizer) -> str:
@@ -605,9 +621,7 @@ def main():
     parser = Flags(prog="eval.py", description=__doc__.splitlines()[0])
     flag = parser.add_argument
     flag("run", metavar="RUN", type=Path, help="run directory that skipcoder.py wrote")
-    flag(
-        "--tokens", type=skipcoder.whole, default=200_000, help="held-out tokens to evaluate on (default %(default)s)"
-    )
+    flag("--tokens", type=skipcoder.whole, default=200_000, help="held-out tokens to evaluate on (default %(default)s)")
     flag("--latents", type=skipcoder.whole, default=300, help="latents scored per coder (default %(default)s)")
     flag("--json", type=Path, help="write all numbers to this file")
     flag("--html", type=Path, help="write a page to look at the scored latents to this file")

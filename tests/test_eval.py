@@ -3,10 +3,11 @@
 import json
 import os
 import re
+import shutil
 
 import pytest
 import torch
-from conftest import run
+from conftest import run, run_here
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as evaluation
@@ -47,9 +48,10 @@ def test_fvu_agrees_with_training(tiny, tmp_path):
     """Of a coder that stays as it is, with a learning rate of nearly 0, training and eval.py report the same FVU."""
     train = f"--model {tiny} --dataset {tiny}/text.jsonl --layer 1 --expansion 8 --ctx-len 32 --k 4 --arch sae"
     train += f" --lr 1e-12 --tokens 20000 --batch-size 16 --out {tmp_path}/run"
-    assert run("skipcoder.py", *train.split()).returncode == 0
-    done = run("eval.py", tmp_path / "run", "--tokens", 20_000, "--latents", 20, "--json", tmp_path / "e.json")
-    assert done.returncode == 0, done.stderr
+    assert run_here(skipcoder, *train.split()) == 0
+    assert (
+        run_here(evaluation, tmp_path / "run", "--tokens", 20_000, "--latents", 20, "--json", tmp_path / "e.json") == 0
+    )
     fvu = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])["fvu"]["sae"]
     assert 0.1 < fvu < 0.9
     assert json.loads((tmp_path / "e.json").read_text())["coders"]["sae"]["fvu"] == pytest.approx(fvu, rel=0.05)
@@ -194,11 +196,13 @@ def test_activity_keeps_what_it_should():
     z[:, 3] = 0  # dead
     z[:, 4] = 0
     z[:39, 4] = 1  # too rare
+    always = activity.drawn[0].item()
+    z[:, always] = 1  # on every token: there is none for an intruder
     for start in range(0, 2000, 25):
-        top = z[start : start + 25].topk(8)
+        top = z[start : start + 25].topk(10)
         activity.add(top.values, top.indices, start)
     sample = activity.sample()
-    assert len(sample) == 10 and not {3, 4} & set(sample)
+    assert len(sample) == 10 and not {3, 4, always} & set(sample)
     for latent, (tokens, acts) in sample.items():
         assert set(tokens.tolist()) == set(z[:, latent].nonzero().flatten().tolist())
         torch.testing.assert_close(acts, z[tokens, latent])
@@ -206,15 +210,30 @@ def test_activity_keeps_what_it_should():
     assert torch.equal(activity.count, (z > 0).sum(0))
 
 
+def test_too_few_tokens_for_the_proxy(trained, tmp_path, capsys):
+    """All else is reported, and what is missing is named; also where k is larger than the number of neurons."""
+    folder = shutil.copytree(trained, tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"k": 200}))
+    outputs = ["--json", tmp_path / "e.json", "--html", tmp_path / "e.html"]
+    assert run_here(evaluation, folder, "--tokens", 20, *outputs) == 0
+    stdout, report = capsys.readouterr().out, json.loads((tmp_path / "e.json").read_text())
+    assert report["tokens"] == 31  # one row
+    for row in report["coders"].values():
+        assert row["intruder"] is row["intruder_se"] is None and row["latents_scored"] == 0
+        assert row["fvu"] > 0 and 32 < row["l0"] <= 200
+    assert report["baselines"]["null"]["intruder"] is not None
+    assert "Without an intruder score" in stdout and "sae, transcoder, skip_transcoder, neurons, untrained" in stdout
+    assert "--tokens" in stdout and (tmp_path / "e.html").exists()
+
+
 def test_page_escapes_what_documents_contain(trained, tiny, tmp_path):
     """A document that contains HTML shows as text: no tag of it stands in the page, and the data can be parsed."""
     evil = '<script>alert(1)</script><b>bold</b> <!-- </script> & "quotes" \x07 \ud7ff é 日本\t\n'
-    with open(tmp_path / "evil.jsonl", "w") as file:
-        for _ in range(300):
-            file.write(json.dumps({"text": evil * 20}) + "\n")
-    done = run("eval.py", trained, "--dataset", tmp_path / "evil.jsonl", "--tokens", 8000, "--latents", 10,
-               "--html", tmp_path / "page.html")  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    evil_text = tmp_path / "evil.jsonl"
+    evil_text.write_text((json.dumps({"text": evil * 20}) + "\n") * 300)
+    sizes = "--tokens 8000 --latents 10".split()
+    assert run_here(evaluation, trained, "--dataset", evil_text, *sizes, "--html", tmp_path / "page.html") == 0
     page = (tmp_path / "page.html").read_text()
     assert page.count("<script") == 2 and page.count("</script>") == 2 and "<b>" not in page and "<!--" not in page
     data = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.DOTALL)[1])
