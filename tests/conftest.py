@@ -1,9 +1,12 @@
 """What the tests share: a tiny trained GPT-2 with its text, a device, and a way to run the scripts as a user does."""
 
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -26,9 +29,7 @@ def device():
 def tiny(tmp_path_factory) -> Path:
     """A folder with a trained GPT-2 of 3 blocks, d 32, vocabulary 512 and context 32, and its text.jsonl."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    tiny_gpt2.make(
-        folder, vocab_size=512, layers=3, d=32, heads=2, ctx_len=32, steps=300, max_documents=400
-    )
+    tiny_gpt2.make(folder, vocab_size=512, layers=3, d=32, heads=2, ctx_len=32, steps=300, max_documents=400)
     return folder
 
 
@@ -37,6 +38,22 @@ def run(script: str, *args, **env) -> subprocess.CompletedProcess:
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | env
     command = [sys.executable, str(ROOT / script), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+
+
+def run_here(script, *args) -> int:
+    """Call main() of the module `script` with these arguments and return the exit code: no imports, which take 4 s."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with mock.patch.object(sys, "argv", [script.__name__, *map(str, args)]):
+            script.main()
+        return 0
+    except SystemExit as exit_info:
+        return exit_info.code or 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for reader in multiprocessing.active_children():  # end with the process, or else 5 s after garbage collection
+            reader.terminate()
 
 
 @pytest.fixture(scope="session")

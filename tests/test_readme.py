@@ -3,18 +3,21 @@
 import re
 
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, run_here
 
+import eval as evaluation
+import skipcoder
 from skipcoder import load_run
 
 README = (ROOT / "README.md").read_text()
 
 
-def test_flags_are_those_of_help():
+def test_flags_are_those_of_help(capsys):
     section = README.split("## Flags")[1].split("\n## ")[0]
     table, eval_part = section.split("`eval.py RUN`")
-    for script, listed in (("skipcoder.py", table), ("eval.py", eval_part.split("\n\n")[0])):
-        flags = set(re.findall(r"--[a-z-]+", run(script, "--help").stdout)) - {"--help"}
+    for script, listed in ((skipcoder, table), (evaluation, eval_part.split("\n\n")[0])):
+        assert run_here(script, "--help") == 0
+        flags = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
         assert set(re.findall(r"`(--[a-z-]+)", listed)) == flags
 
 
