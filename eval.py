@@ -178,12 +178,11 @@ class Affine:
 class Activity:
     """Counts for all M latents of a coder, and for a random part of them the tokens on which they are active."""
 
-    def __init__(self, num_latents: int, wanted: int, generator: torch.Generator):
+    def __init__(self, num_latents: int, wanted: int, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)  # its own, so that no coder's score depends on the others
         # Which latents are active often enough to be scored is known only at the end, and keeping every activation
         # would take memory without bound: keep a random part of the latents, enough to find the wanted number among.
-        self.drawn = torch.randperm(num_latents, generator=generator)[
-            : 4 * wanted
-        ]  # latents, the first to be preferred
+        self.drawn = torch.randperm(num_latents, generator=self.generator)[: 4 * wanted]  # the first are preferred
         self.kept = torch.zeros(num_latents, dtype=torch.bool)
         self.kept[self.drawn] = True
         self.count = torch.zeros(num_latents, dtype=torch.int64)  # [M] tokens on which each latent is active
@@ -321,7 +320,6 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
     """Return the report and what --html shows: the tokens, the scored latents and the tokenizer."""
     device, ctx_len, d, k = args.device, config["ctx_len"], config["d"], config["k"]
     dtype = skipcoder.matmul_dtype(device)
-    generator = torch.Generator().manual_seed(args.seed)
     model = f"RUN {args.run}: its model"
     tokenizer = skipcoder.from_pretrained(AutoTokenizer, config["model"], model)
     rows = max(1, 2048 // ctx_len)  # log-probabilities over the vocabulary are large: few at a time
@@ -374,7 +372,7 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
             for name, (acts, indices) in active.items():
                 if name not in activity:
                     num_latents = neurons.shape[1] if name == "neurons" else config["num_latents"]
-                    activity[name] = Activity(num_latents, args.latents, generator)
+                    activity[name] = Activity(num_latents, args.latents, args.seed)
                 activity[name].add(acts, indices, start)
 
             y_hats = {name: c.y_hat for name, c in coded.items()}
@@ -387,9 +385,12 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
             raise InputError(
                 f"--dataset {args.dataset}: every 10th document is held out, and they fill no row of {ctx_len} tokens"
             )
-        sampled = {name: a.sample() for name, a in activity.items()}
+        sampled, found = {}, {}
         mean = (hidden_sum / n).float()
-        found = {name: intruder_trials(latents, hidden[:n], mean, generator) for name, latents in sampled.items()}
+        for name, a in activity.items():
+            sampled[name] = a.sample()
+            found[name] = intruder_trials(sampled[name], hidden[:n], mean, a.generator)
+        generator = torch.Generator().manual_seed(args.seed)
         random_tokens = torch.randint(n, (args.latents, TRIALS, SHOWN + 1), generator=generator)
         found["null"] = found_last(random_tokens, hidden, mean)
 
@@ -441,11 +442,15 @@ def table(report: dict) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
 
+def title(config: dict) -> str:
+    return f"{Path(config['model']).name} {config['hookpoint']}"
+
+
 def headline(config: dict, report: dict) -> str:
     return (
-        f"{Path(config['model']).name} {config['hookpoint']}, {report['tokens']:,} held-out tokens, trained on"
-        f" {config['tokens_trained']:,}; cross-entropy clean {report['clean_ce']:.4f}, with the mean of y in the MLP's"
-        f" place {report['mean_ablated_ce']:.4f}, by zero {report['zero_ablated_ce']:.4f} nats/token"
+        f"{report['tokens']:,} held-out tokens, trained on {config['tokens_trained']:,}; cross-entropy clean"
+        f" {report['clean_ce']:.4f}, with the mean of y in the MLP's place {report['mean_ablated_ce']:.4f}, with zero"
+        f" {report['zero_ablated_ce']:.4f} nats/token"
     )
 
 
@@ -534,8 +539,8 @@ def page(config: dict, report: dict, seen: Tensor, latents: dict, tokenizer) -> 
 
     results = f"<thead>{tr('th', rows[0])}</thead><tbody>{''.join(tr('td', row) for row in rows[2:])}</tbody>"
     data = json.dumps(page_data(seen, latents, tokenizer), separators=(",", ":")).replace("<", "\\u003c")
-    title = html.escape(f"{Path(config['model']).name} {config['hookpoint']}")
-    parts = {"TITLE": title, "HEADLINE": html.escape(headline(config, report)), "RESULTS": results, "DATA": data}
+    parts = {"TITLE": html.escape(title(config)), "HEADLINE": html.escape(headline(config, report))}
+    parts |= {"RESULTS": results, "DATA": data}
     parts["NOTES"] = "".join(f"<p>{html.escape(note)}</p>" for note in notes(report))
     return re.sub("@([A-Z]+)@", lambda match: parts[match[1]], PAGE)
 
@@ -641,7 +646,7 @@ def main():
             if path:
                 skipcoder.check_writable(name, path)
         report, shown = evaluate(config, coders, args)
-        print(headline(config, report), table(report), *notes(report), sep="\n\n")
+        print(f"{title(config)}, {headline(config, report)}", table(report), *notes(report), sep="\n\n")
         if args.json:
             skipcoder.write("--json", {args.json: json.dumps(report, indent=2) + "\n"})
         if args.html:

@@ -75,6 +75,10 @@ def test_numbers_equal_a_dense_float64_computation(trained, tiny, device, monkey
         monkeypatch.setattr(evaluation, "first_rows", first_rows)
     report, *_ = evaluation.evaluate(config, coders, args)
     assert not open_files or open_files[-1] <= open_files[-3], "a batch that is kept holds a file open"
+    # a coder's numbers, the baselines' too, do not depend on which coders are evaluated beside it
+    alone, *_ = evaluation.evaluate(config, {"skip_transcoder": coders["skip_transcoder"]}, args)
+    assert alone["coders"] == {"skip_transcoder": report["coders"]["skip_transcoder"]}
+    assert alone["baselines"] == report["baselines"]
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     lm = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64).eval().to(device)
@@ -191,7 +195,7 @@ def test_fifths_are_sorted_by_activation(planted):
 
 def test_activity_keeps_what_it_should():
     generator = torch.Generator().manual_seed(0)
-    activity = evaluation.Activity(30, 10, generator)
+    activity = evaluation.Activity(30, 10, seed=0)
     z = torch.rand(2000, 30, generator=generator) * (torch.rand(2000, 30, generator=generator) < 0.05)
     z[:, 3] = 0  # dead
     z[:, 4] = 0

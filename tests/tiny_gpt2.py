@@ -167,4 +167,4 @@ if __name__ == "__main__":
     loss, entropy = make(out)
     print(f"held-out loss {loss:.3f} nats/token, unigram entropy {entropy:.3f}, {time.time() - start:.0f} s")
     script, text = os.path.relpath(ROOT / "skipcoder.py"), out / "text.jsonl"
-    print(f"next: python {script} --model {out} --dataset {text} --layer 2 --ctx-len 128 --expansion 16")
+    print(f"next: python {script} --model {out} --dataset {text} --layer 2 --ctx-len 128 --expansion 16 --tokens 1e6")
