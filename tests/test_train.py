@@ -7,11 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, run, run_here
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -29,6 +28,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+import skipcoder
 from skipcoder import ARCHS, InputError, MLPActivations, find_mlp, load_run
 
 
@@ -94,9 +94,8 @@ def test_a_coder_does_not_depend_on_its_neighbours(tiny, tmp_path):
     """The same seed and data give the same weights, whichever coders are trained beside it; another seed, others."""
     one = "--arch skip_transcoder".split()
     runs = {"all": [], "one": one, "two": [*one, "--seed", 1]}
-    with ThreadPoolExecutor(2) as pool:
-        done = pool.map(lambda name: run("skipcoder.py", *flags(tiny, tmp_path / name, *runs[name])), runs)
-        assert [process.returncode for process in done] == [0, 0, 0]
+    for name, more in runs.items():
+        assert run_here(skipcoder, *flags(tiny, tmp_path / name, *more)) == 0
     assert [p.name for p in (tmp_path / "one").iterdir() if p.is_dir()] == ["skip_transcoder"]
     weights = "skip_transcoder/h.1.mlp/sae.safetensors"
     alone, beside, other = (load_file(tmp_path / out / weights) for out in ("one", "all", "two"))
@@ -162,25 +161,25 @@ def test_a_full_disk_loses_nothing(trained, tiny, tmp_path):
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != "log.jsonl"}
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_save(trained, tiny):
+def test_a_loss_that_is_not_finite_keeps_the_last_save(trained, tiny, capfd):
     before = {path: path.read_bytes() for path in trained.rglob("*.safetensors")}
-    done = run("skipcoder.py", *flags(tiny, trained, "--overwrite", "--lr", "1e30"))
-    assert done.returncode not in (0, 130, 143)
-    assert "--lr" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert run_here(skipcoder, *flags(tiny, trained, "--overwrite", "--lr", "1e30")) not in (0, 130, 143)
+    assert "--lr" in capfd.readouterr().err.splitlines()[-1]
     assert before == {path: path.read_bytes() for path in trained.rglob("*.safetensors")}
 
 
-def test_an_existing_run_is_replaced_only_when_told_to(trained, tiny, tmp_path):
+def test_an_existing_run_is_replaced_only_when_told_to(trained, tiny, tmp_path, capfd):
     out = shutil.copytree(trained, tmp_path / "run")
     others = [out / folder / "h.2.mlp/cfg.json" for folder in ("mine", "sae", "transcoder")]  # not of this run
     for other in others:
         other.parent.mkdir(parents=True)
         other.write_text("{}")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    done = run("skipcoder.py", *flags(tiny, out))
-    assert done.returncode != 0 and "--overwrite" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert run_here(skipcoder, *flags(tiny, out)) != 0
+    stderr = capfd.readouterr().err
+    assert "--overwrite" in stderr and len(stderr.splitlines()) == 1
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    assert run("skipcoder.py", *flags(tiny, out), "--arch", "sae", "--seed", 3, "--overwrite").returncode == 0
+    assert run_here(skipcoder, *flags(tiny, out), "--arch", "sae", "--seed", 3, "--overwrite") == 0
     config, coders = load_run(out)
     assert config["seed"] == 3 and set(coders) == {"sae"}
     # of the old run nothing is left beside the new one, and of other things nothing is gone
