@@ -468,7 +468,7 @@ def notes(report: dict) -> list[str]:
     scored = {**report["coders"], **report["baselines"]}
     if too_few := [name for name, row in scored.items() if row.get("latents_scored", 2) < 2]:
         lines.append(
-            f"Without an intruder score, since fewer than two latents were active on {MIN_ACTIVE} tokens or more:"
+            f"Without an intruder score, for want of two latents that are active on {MIN_ACTIVE} tokens:"
             f" {', '.join(too_few)}. Raise --tokens or --latents."
         )
     if "transcoder" in closed:

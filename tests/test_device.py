@@ -71,7 +71,7 @@ class PretendedDevice(TorchDispatchMode):
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """Everything until the end of the test runs where --device meta is the pretended device."""
+    """Until the end of the test both scripts run on the pretended device, whichever they are asked for."""
     monkeypatch.setattr(skipcoder, "pick_device", lambda name: torch.device("meta"))
     monkeypatch.setattr(skipcoder, "matmul_dtype", lambda device: torch.float32)
     adam = torch.optim.Adam  # fused is known for real devices alone
