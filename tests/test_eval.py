@@ -49,9 +49,8 @@ def test_fvu_agrees_with_training(tiny, tmp_path):
     train = f"--model {tiny} --dataset {tiny}/text.jsonl --layer 1 --expansion 8 --ctx-len 32 --k 4 --arch sae"
     train += f" --lr 1e-12 --tokens 20000 --batch-size 16 --out {tmp_path}/run"
     assert run_here(skipcoder, *train.split()) == 0
-    assert (
-        run_here(evaluation, tmp_path / "run", "--tokens", 20_000, "--latents", 20, "--json", tmp_path / "e.json") == 0
-    )
+    sizes = "--tokens 20000 --latents 20".split()
+    assert run_here(evaluation, tmp_path / "run", *sizes, "--json", tmp_path / "e.json") == 0
     fvu = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])["fvu"]["sae"]
     assert 0.1 < fvu < 0.9
     assert json.loads((tmp_path / "e.json").read_text())["coders"]["sae"]["fvu"] == pytest.approx(fvu, rel=0.05)
