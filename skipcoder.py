@@ -1,868 +1,475 @@
-"""Train three sparse coders side by side on one MLP of a language model.
+# SPDX-License-Identifier: MIT
+"""Train a sparse autoencoder, a transcoder and a skip transcoder side by side on one MLP of a language model.
 
     python skipcoder.py --layer 6
 
 A sparse coder rewrites what an MLP does to a token as a sum of a few of many learned directions, its latents, in the
-hope that each latent stands for one thing. With x the input of the MLP (after the layer norm) and y its output, both
-d wide, and M latents of which TopK keeps the k largest (and of those the positive ones):
+hope that each stands for one thing. With x the input of the MLP (after the layer norm), y its output, both d wide, and
+M latents of which TopK keeps the k largest (and of those the positive ones):
 
     sae              z = TopK(W_enc (y - b_dec) + b_enc)      y_hat = W_dec z + b_dec
     transcoder       z = TopK(W_enc x + b_enc)                y_hat = W_dec z + b_dec
     skip_transcoder  z = TopK(W_enc x + b_enc)                y_hat = W_dec z + W_skip x + b_dec
 
-The first says what the MLP's output is made of; the other two imitate what the MLP computes. All three predict y and
-minimise the fraction of its variance that is left unexplained, FVU = sum |y - y_hat|^2 / sum |y - mean(y)|^2.
+The first says what the MLP's output is made of; the others imitate what the MLP computes. All predict y and minimise
+the fraction of its variance that is left unexplained, FVU = sum |y - y_hat|^2 / sum |y - mean(y)|^2.
 Paper: "Transcoders Beat Sparse Autoencoders for Interpretability", Paulo, Shabalin & Belrose, arXiv 2501.18823.
 
-Read on in this order: coders, tokens, activations, training, files, flags. eval.py measures what comes out.
+Two things are not the paper's, and were measured (README, "Recipe"). s_x and s_y are the root mean squares of the
+centred entries of x and y, s_z that of what the encoder reads, hence of the pre-activations:
+    units           Adam moves a number by about its learning rate, whatever the gradient, so each parameter has lr in
+                    its own units: W_enc lr, b_enc lr s_z, W_dec lr s_y / s_z, b_dec lr s_y, W_skip lr s_y / s_x.
+                    And all start centred, which also keeps latents alive (arXiv 2605.31518).
+    raised biases   b_enc of a latent that was silent for 2% of the run's tokens gains .03 s_z a step (times the factor
+                    of lr) until it fires, which costs no time (kin: bias adaptation, arXiv 2506.14002).
 """
 
 import argparse
-import ctypes
 import json
 import logging
 import math
 import os
-import platform
-import shutil
 import signal
 import sys
 import time
-from contextlib import suppress
-from importlib.metadata import version
-from itertools import chain, count, islice
+import zlib
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
-from typing import NamedTuple
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads leave their core to others while they wait
+
+import datasets.distributed
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
+# ---- Coders ---------------------------------------------------------------------------------------------------------
 ARCHS = ("sae", "transcoder", "skip_transcoder")
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Coders
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Coded(NamedTuple):
-    y_hat: Tensor  # [N, d] the prediction of y
-    acts: Tensor  # [N, k] activations of the latents that TopK kept, not sorted; zero where ReLU cut them
-    indices: Tensor  # [N, k] which latents those are
 
 
 class Coder(nn.Module):
-    """One sparse coder. Its parameters have the names and shapes of EleutherAI's `sparsify`, and so have its files.
-
-    encoder.weight [M, d], encoder.bias [M], W_dec [M, d] (row j is what latent j writes), b_dec [d], and for the skip
-    transcoder W_skip [d, d]. Weights are fp32; `matmul_dtype` is what the two dense matmuls are computed in.
-    """
+    """One sparse coder. Row j of W_enc [M, d] is what latent j reads, row j of W_dec [M, d] what it writes."""
 
     def __init__(self, arch: str, d: int, num_latents: int, k: int, seed: int = 0):
         super().__init__()
-        self.arch, self.k, self.matmul_dtype = arch, k, torch.float32
-        # random unit rows; the same seed gives every architecture the same encoder
+        self.arch, self.k = arch, k
         W = F.normalize(torch.randn(num_latents, d, generator=torch.Generator().manual_seed(seed)))
-        self.encoder = nn.Linear(d, num_latents)
-        self.encoder.weight.data = W
-        self.encoder.bias.data.zero_()
+        self.W_enc = nn.Parameter(W)  # random unit rows, for one seed the same in every architecture
+        self.b_enc = nn.Parameter(torch.zeros(num_latents))
         # an autoencoder starts with W_dec = W_enc, since its latents should write what they read. What a transcoder's
         # should write is not known: it starts with nothing, and W_enc gets its gradient once W_dec has moved
-        self.W_dec = nn.Parameter(W.clone() if arch == "sae" else torch.zeros(num_latents, d))
+        self.W_dec = nn.Parameter(W.clone() if arch == "sae" else torch.zeros_like(W))
         self.b_dec = nn.Parameter(torch.zeros(d))
         self.W_skip = nn.Parameter(torch.zeros(d, d)) if arch == "skip_transcoder" else None
 
-    def start_at(self, x_mean: Tensor, y_mean: Tensor):
-        """Predict the mean of y [d], to start with, and centre what the encoder reads; x_mean is [d] as well."""
-        self.b_dec.data = y_mean
-        if self.arch != "sae":
-            self.encoder.bias.data = -(self.encoder.weight.data @ x_mean)  # [M, d] @ [d] -> [M]
-
-    def forward(self, x: Tensor, y: Tensor) -> Coded:
-        """Predict y [N, d], the MLP's output, from x [N, d], its input (the autoencoder: from y itself)."""
-        out, acts, indices = self.sparse_mlp(x, y)
-        out = out + self.b_dec
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return y_hat [N, d], predicted from x or y [N, d], and acts, indices [N, k]: its latents and which they are."""
+        read = y - self.b_dec if self.arch == "sae" else x  # never x - b_dec: b_dec is the mean of y
+        pre, indices = TopKEncoder.apply(read, self.W_enc, self.b_enc, self.k)  # [N, d], [M, d] -> [N, k] each
+        acts = pre.relu()
+        y_hat = F.embedding_bag(indices, self.W_dec, per_sample_weights=acts, mode="sum") + self.b_dec  # -> [N, d]
         if self.W_skip is not None:
-            dtype = self.matmul_dtype
-            out = out + F.linear(x.to(dtype), self.W_skip.to(dtype))  # [N, d] @ [d, d] -> [N, d]
-        return Coded(out, acts, indices)
-
-    def sparse_mlp(self, x: Tensor, y: Tensor, latents: Tensor | None = None, k: int | None = None):
-        """W_dec z, activations and indices; for AuxK of these `latents` alone (indices then count in them)."""
-        # a transcoder never subtracts b_dec from its input: b_dec is the mean of y, not of x
-        source, shift = (y, self.b_dec) if self.arch == "sae" else (x, None)
-        weights = self.encoder.weight, self.encoder.bias, self.W_dec
-        if latents is not None:
-            weights = [w[latents] for w in weights]
-        return SparseMLP.apply(source, shift, *weights, k or self.k, self.matmul_dtype)
+            y_hat = y_hat + F.linear(x, self.W_skip)  # [N, d] @ [d, d] -> [N, d]
+        return y_hat, acts, indices
 
 
-class SparseMLP(torch.autograd.Function):
-    """W_dec TopK(W_enc (source - shift) + b_enc), with gradients that touch only the k active latents of each token.
+class TopKEncoder(torch.autograd.Function):
+    """The k largest pre-activations of each token, and which latents they are, [N, k] each. It is these two lines:
 
-    `source` [N, d] is what the coder reads, y or x; the LM is not trained, so it needs no gradient. `shift` [d] is
-    b_dec for the autoencoder and None for the others.
-    The forward pass is one dense matmul and a topk; all that follows is sparse. The decoder is an embedding bag: the
-    weighted sum of the k rows of W_dec that a token uses. The gradient of either weight matrix is an embedding bag as
-    well, over the same (token, latent) pairs sorted by latent: a row of the gradient is the weighted sum of the
-    tokens that used this latent.
+        pre = F.linear(read, W_enc, b_enc)  # [N, d] @ [d, M] -> [N, M]
+        return pre.topk(k)
+
+    but its gradients cost k / M of theirs: autograd would multiply [N, M] matrices that are nearly all zero.
     """
 
     @staticmethod
-    def forward(ctx, source, shift, W_enc, b_enc, W_dec, k, dtype):
-        source = source if shift is None else source - shift
-        pre = F.linear(source.to(dtype), W_enc.to(dtype), b_enc.to(dtype))  # [N, d] @ [d, M] -> [N, M]
-        z, idx = topk(pre, k)  # [N, k] each
-        z = z.relu().to(W_dec.dtype)
-        ctx.save_for_backward(source, W_enc, W_dec, z, idx)
-        ctx.mark_non_differentiable(z, idx)
-        return F.embedding_bag(idx, W_dec, per_sample_weights=z, mode="sum"), z, idx  # [N, k], [M, d] -> [N, d]
+    def forward(ctx, read, W_enc, b_enc, k):
+        pre, indices = topk(F.linear(read, W_enc, b_enc), k)
+        ctx.save_for_backward(read, W_enc, indices)
+        ctx.mark_non_differentiable(indices)
+        return pre.to(W_enc.dtype), indices  # of all that a coder computes only the dense matmuls may be in bfloat16
 
     @staticmethod
-    def backward(ctx, grad, *_):
-        source, W_enc, W_dec, z, idx = ctx.saved_tensors
-        (N, k), M = idx.shape, len(W_enc)
-        # d loss / d z = (grad[:, None] * W_dec[idx]).sum(-1), without a tensor [N, k, d]; the last 0 is mode="sum"
-        bag = torch.arange(N, device=idx.device)
-        dz = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            grad, W_dec, idx.flatten(), bag * k, bag.repeat_interleave(k), 0
-        ) * (z.flatten() > 0)  # [N * k]
-        # the (token, latent) pairs sorted by latent; latent j owns the pairs from start[j] to start[j + 1]
-        latent, order = idx.flatten().sort()
-        start = torch.searchsorted(latent, torch.arange(M, device=idx.device))  # [M]
-        token = order // k  # [N * k]
-
-        def per_latent(rows: Tensor, weights: Tensor) -> Tensor:  # [N, d], [N * k] -> [M, d]
-            return F.embedding_bag(token, rows, start, per_sample_weights=weights[order], mode="sum")
-
-        grad_b_enc = W_enc.new_zeros(M).index_add_(0, idx.flatten(), dz)  # [M]
-        # all pre-activations contain W_enc (-shift): [M] @ [M, d] -> [d]
-        grad_shift = -(grad_b_enc @ W_enc) if ctx.needs_input_grad[1] else None
-        return None, grad_shift, per_latent(source, dz), grad_b_enc, per_latent(grad, z.flatten()), None, None
+    def backward(ctx, grad, _):  # [N, k]
+        read, W_enc, indices = ctx.saved_tensors
+        # row j of the gradient is the weighted sum of the tokens that use latent j: an embedding bag over the (token,
+        # latent) pairs sorted by latent, of which latent j owns those from start[j] to start[j + 1]
+        latent, order = indices.flatten().sort()
+        start = torch.searchsorted(latent, torch.arange(len(W_enc), device=latent.device))  # [M]
+        token, weight = order // indices.shape[1], grad.flatten()[order]  # [N * k] each
+        grad_W = F.embedding_bag(token, read, start, per_sample_weights=weight, mode="sum")  # [N, d] -> [M, d]
+        grad_b = grad.new_zeros(len(W_enc)).index_add_(0, latent, weight)  # [M]
+        if not ctx.needs_input_grad[0]:  # x; the autoencoder reads y - b_dec
+            return None, grad_W, grad_b, None
+        return F.embedding_bag(indices, W_enc, per_sample_weights=grad, mode="sum"), grad_W, grad_b, None
 
 
 def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest entries of each row of pre [N, M] and where they are, [N, k] each, not sorted.
-
-    Exact, and in two stages, which takes 0.6 of the time of topk on whole rows: with a row cut into groups of 16, its k
-    largest entries are among the k groups whose maxima are largest.
-    """
-    M = pre.shape[1]
-    size = math.gcd(M, 16)
-    n = M // size
-    groups = pre.view(-1, size, n)  # the entries j, j + n, j + 2 n, ... of a row are its group j
-    best = groups.amax(1).topk(min(k, n), sorted=False).indices  # [N, k], or all n groups if there are fewer
-    candidates = groups.gather(2, best[:, None].expand(-1, size, -1))  # [N, size, k]
-    z, which = candidates.flatten(1).topk(k, sorted=False)  # [N, size * k] -> [N, k]
+    """pre.topk(k) for pre [N, M], unsorted, in 0.6 of its time: the k largest are among the k best groups of 16."""
+    groups = pre.unflatten(1, (math.gcd(pre.shape[1], 16), -1))  # [N, 16, n], a row's entries j, j + n, ... are group j
+    best = groups.amax(1).topk(min(k, groups.shape[2]), sorted=False).indices  # [N, k], or all n groups if n < k
+    candidates = groups.gather(2, best[:, None].expand(-1, groups.shape[1], -1)).flatten(1)  # [N, 16 * k]
+    values, which = candidates.topk(k, sorted=False)  # [N, k]
     member, slot = which // best.shape[1], which % best.shape[1]
-    return z, member * n + best.gather(1, slot)
+    return values, member * groups.shape[2] + best.gather(1, slot)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens
-# ---------------------------------------------------------------------------------------------------------------------
-
-DEFAULT_DATASET, DEFAULT_SUBSET = "HuggingFaceFW/fineweb", "sample-10BT"
-READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # suffix -> builder of `datasets`
-HELD_OUT = 10  # every 10th document is for eval.py alone
+# ---- Tokens: documents, split by a checksum, packed into rows, shuffled, in batches ---------------------------------
+SUFFIXES = {"text": (".txt",), "json": (".jsonl", ".json"), "parquet": (".parquet",)}  # of files, by how they are read
+DATA = "pass a name on the hub, or a file or folder: .txt (UTF-8), .jsonl, .json or .parquet, with a column text"
 SHUFFLE_ROWS = 2048  # pool that rows are drawn from: neighbours are alike, and mixing them lowers FVU by 15%
-
-HUB_HINT = (  # said when something cannot be had from the Hugging Face hub
-    "check the name and the connection, or pass a local folder as --model and a local file or folder as --dataset"
-    " (python tests/tiny_gpt2.py makes both offline)"
-)
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of this process, under torchrun
 
 
-class InputError(Exception):
-    """What the user can mend: one line that names the flag and the fix."""
+def documents(dataset: str, subset: str | None) -> datasets.IterableDataset:
+    """Stream {"text"} from a data set on the Hugging Face hub, or from a local file or a folder of files."""
+    path, streams, options = Path(dataset), [], {"split": "train", "streaming": True}
+    files = [str(file) for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    for kind, ends in SUFFIXES.items():
+        if some := [file for file in files if file.removesuffix(".gz").endswith(ends)]:
+            streams.append(datasets.load_dataset(kind, data_files=some, **options).select_columns(["text"]))
+            if kind == "text":
+                streams[-1] = streams[-1].map(join, batched=True, batch_size=100, input_columns=["text"])
+    if not streams:
+        streams = [datasets.load_dataset(dataset, subset, **options).select_columns(["text"])]
+    return datasets.concatenate_datasets(streams)
 
 
-def documents(dataset: str, subset: str | None):
-    """Yield the texts of a data set in order: a Hugging Face one, streamed, or a local file or folder of files."""
-    import datasets  # takes seconds, and only the reading process needs it
-
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said in one line, below
-
-    def reader(path: Path) -> str | None:
-        return READERS.get(Path(path.stem).suffix if path.suffix == ".gz" else path.suffix)
-
-    path = Path(dataset)
-    if not path.exists():
-        sources = [(dataset, None)]  # on the hub
-    else:
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        sources = [(str(file), reader(file)) for file in files if reader(file)]
-        if not sources:
-            raise InputError(f"--dataset {dataset}: no {', '.join(READERS)} file (text ones may be .gz) there")
-    for name, kind in sources:
-        options = {"path": kind, "data_files": name} if kind else {"path": name, "name": subset}
-        if kind == "text":
-            options["sample_by"] = "document"  # one text a file, not one a line
-        if kind and os.path.getsize(name) == 0:
-            raise InputError(f"--dataset {name}: the file is empty")
-        try:
-            for example in datasets.load_dataset(**options, split="train", streaming=True):
-                text = example.get("text", 0)  # 0: no string
-                text = "" if text is None else text  # some data sets have a null here and there
-                if not isinstance(text, str):
-                    raise InputError(f"--dataset {name}: no column 'text' of strings, only {', '.join(example)}")
-                yield from pieces(text) if kind == "text" else [text]
-        except InputError:
-            raise
-        except Exception as error:  # broken JSON or parquet, hub out of reach, no such data set, ...
-            hint = "" if kind else f"; {HUB_HINT}"
-            raise InputError(f"--dataset {name}: {first_line(error)}{hint}") from error
+def join(lines: list[str]) -> dict:
+    """Each 100 lines of a .txt file, which may be a whole library, are a document."""
+    return {"text": ["\n".join([*lines, ""])]}
 
 
-def pieces(text: str, size: int = 10_000):
-    """Cut the text of a .txt file, which may be a whole library, into documents of about `size` characters."""
-    start = 0
-    while start < len(text):
-        end = text.find("\n", start + size) + 1 or len(text)
-        yield text[start:end]
-        start = end
+def in_split(text: str | None, held_out: bool) -> bool:
+    """Held out for eval.py are texts whose checksum is divisible by 10: the same ones in any order, for any reader."""
+    return text is not None and (zlib.crc32(text.encode()) % 10 == 0) == held_out
 
 
-class TokenBatches(IterableDataset):
-    """Batches [rows, ctx_len] of tokens from a data set; to be read in a process of its own by `read_ahead`.
+def pack(texts: list[str], tokenizer, ctx_len: int) -> dict:
+    """Join documents with EOS and cut them into full rows: no padding, and what is left of 100 documents is dropped."""
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokens = torch.tensor([token for document in ids for token in document + eos], dtype=torch.int64)
+    return {"tokens": tokens[: len(tokens) // ctx_len * ctx_len].view(-1, ctx_len).numpy()}  # [rows, ctx_len]
 
-    Documents are joined with EOS and packed: every row is full, there is no padding. Every 10th document is left out,
-    or with `held_out` all others are. Rows come in random order and for ever, or with `once` in order and once. Between
-    batches there may be a str, to be shown, or an InputError, to be raised.
+
+def token_batches(dataset: str, subset: str | None, tokenizer, ctx_len, rows, held_out=False, seed=None):
+    """Start processes that read and tokenise ahead, and return an iterator over batches of tokens [rows, ctx_len].
+
+    With a seed they come shuffled, for ever (in another order each time), in full batches, and each rank has its own.
     """
-
-    def __init__(
-        self, dataset, subset, tokenizer, ctx_len, rows, *, held_out=False, once=False, seed=0, rank=0, world=1
-    ):
-        super().__init__()
-        self.dataset, self.subset, self.tokenizer, self.ctx_len, self.rows = dataset, subset, tokenizer, ctx_len, rows
-        self.held_out, self.once, self.seed, self.rank, self.world = held_out, once, seed, rank, world
-
-    def __iter__(self):
-        try:
-            random = torch.Generator().manual_seed(self.seed)
-            batch = []
-            for epoch in count():
-                seen = 0
-                for row in self.packed() if self.once else shuffled(self.packed(), random):
-                    seen += 1
-                    batch.append(row)
-                    if len(batch) == self.rows:
-                        yield torch.stack(batch)  # [rows, ctx_len]
-                        batch = []
-                if self.once:
-                    if batch:
-                        yield torch.stack(batch)  # [fewer rows, ctx_len]
-                    return
-                if seen < self.rows:
-                    raise InputError(
-                        f"--dataset {self.dataset}: too little text, {seen} rows of {self.ctx_len} tokens where one"
-                        f" batch takes {self.rows}: give more text, or lower --batch-size or --ctx-len"
-                    )
-                if epoch == 0 and self.rank == 0:
-                    tokens = seen * self.ctx_len * self.world
-                    yield f"--dataset {self.dataset} is used up after {tokens:,} tokens and is repeated"
-        except InputError as error:
-            yield error
-
-    def packed(self):
-        """Yield the rows [ctx_len] of one pass over the documents of this split and this rank."""
-        eos = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        texts = enumerate(documents(self.dataset, self.subset))
-        split = (text for index, text in texts if (index % HELD_OUT == 0) == self.held_out)
-        mine = islice(split, self.rank, None, self.world)
-        tokens = []
-        while some := list(islice(mine, 64)):  # as many as keep a multi-threaded tokenizer busy
-            for ids in self.tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
-                tokens += ids + eos
-            full = len(tokens) - len(tokens) % self.ctx_len
-            yield from torch.tensor(tokens[:full], dtype=torch.int64).view(-1, self.ctx_len)
-            tokens = tokens[full:]
-
-
-def shuffled(rows, random: torch.Generator):
-    """Yield the rows in random order, as far as a pool of SHUFFLE_ROWS allows."""
-    pool = []
-    for row in rows:
-        pool.append(row)
-        if len(pool) > SHUFFLE_ROWS:
-            i = torch.randint(len(pool), (), generator=random)
-            pool[i], pool[-1] = pool[-1], pool[i]
-            yield pool.pop()
-    for i in torch.randperm(len(pool), generator=random):
-        yield pool[i]
-
-
-def leave_group(_worker: int):
-    """Ctrl-C signals the whole process group of a terminal, and is for the main process alone: work outside of it."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
-
-
-def read_ahead(data: TokenBatches):
-    """Start a process that reads and tokenises ahead; return an iterator over its batches [rows, ctx_len]."""
-    # not a generator itself: the process starts with this call, not with the first batch
-    ahead = iter(DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=16, worker_init_fn=leave_group))
+    with blame(f"--dataset {dataset}", DATA):
+        stream = documents(dataset, subset).filter(in_split, input_columns=["text"], fn_kwargs={"held_out": held_out})
+        packing = {"batched": True, "batch_size": 100, "fn_kwargs": {"tokenizer": tokenizer, "ctx_len": ctx_len}}
+        stream = stream.map(pack, input_columns=["text"], remove_columns=["text"], **packing)
+    if endless := seed is not None:
+        stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
+        stream = datasets.distributed.split_dataset_by_node(stream, RANK, WORLD)
+    readers = max(1, min(stream.num_shards, os.cpu_count() // WORLD - 1))  # shards: files, or parts of a hub data set
+    options = dict(drop_last=endless, persistent_workers=endless, num_workers=readers, prefetch_factor=16)
+    loader = torch.utils.data.DataLoader(stream, rows, worker_init_fn=leave_group, **options)
+    first = iter(loader)  # the readers start now, and work while the LM is loaded
 
     def batches():
-        for item in ahead:
-            if isinstance(item, InputError):
-                raise item
-            if isinstance(item, str):
-                tqdm.write(item, file=sys.stderr)
-            else:
-                yield item
+        for epoch in count():
+            n = 0
+            with blame(f"--dataset {dataset}", DATA):
+                for n, batch in enumerate(loader if epoch else first, 1):
+                    yield batch["tokens"]
+            if not endless:
+                return
+            if n == 0:
+                sys.exit(f"error: --dataset {dataset}: too little text for a batch of {rows} x {ctx_len} tokens")
+            if epoch == 0 and RANK == 0:
+                tqdm.write(f"--dataset {dataset} is repeated: it has {n * rows * ctx_len * WORLD:,} tokens")
+            stream.set_epoch(epoch + 1)
 
     return batches()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Activations
-# ---------------------------------------------------------------------------------------------------------------------
+def leave_group(_reader: int):
+    if hasattr(os, "setpgrp"):  # a signal to the whole group, such as Ctrl-C, is for the main process to act on
+        os.setpgrp()
 
 
-def from_pretrained(auto_class, name: str, flag: str = "--model", **options):
-    """`auto_class.from_pretrained(name)` that asks the network only for what is not on disk; raises InputError."""
-    if Path(name).is_file():
-        raise InputError(f"{flag} {name} is a file: pass the folder it is in, or a name on the Hugging Face hub")
-    try:
-        try:
-            return auto_class.from_pretrained(name, local_files_only=True, **options)
-        except OSError:
-            if Path(name).exists():
-                raise
-            return auto_class.from_pretrained(name, **options)
-    except Exception as error:  # OSError for a wrong name or no connection; nearly anything for broken files
-        raise InputError(f"{flag} {name}: {first_line(error)}; {HUB_HINT}") from error
+# ---- Activations: x and y of one MLP --------------------------------------------------------------------------------
 
 
-def load_lm(name: str, device: torch.device, dtype: torch.dtype, flag: str = "--model") -> nn.Module:
-    """The LM, for forward passes under autocast to `dtype`: its linear layers are in it, all else is in fp32."""
-    config = from_pretrained(AutoConfig, name, flag)
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16, in 1/2 to 1/9 of the time of float32 (a CPU with AMX does, too)."""
+    cuda = device.type == "cuda"
+    return torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
+def load_lm(name: str, device: torch.device) -> nn.Module:
+    config = transformers.AutoConfig.from_pretrained(name)
     if getattr(config, "activation_function", None) == "gelu_new":  # GPT-2's, as eight kernels
         config.activation_function = "gelu_pytorch_tanh"  # the same function as one: 30% off the LM's time on a CPU
-    lm = from_pretrained(AutoModelForCausalLM, name, flag, config=config, dtype=torch.float32).eval().to(device)
-    for module in lm.base_model.modules():
-        if isinstance(module, (nn.Linear, Conv1D)):
-            module.to(dtype)  # as autocast would at every step
-    return lm
+    dtype = torch.bfloat16 if fast_bfloat16(device) else torch.float32
+    return transformers.AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype).eval().to(device)
 
 
 def find_mlp(lm: nn.Module, layer: int) -> tuple[str, nn.ModuleList, nn.Module]:
-    """Return the hookpoint (the MLP's name under the base model, "h.6.mlp"), the list of blocks, and the MLP itself.
-
-    Any decoder of `transformers` will do whose base model has one list of blocks that have an `.mlp`, a dense one.
-    """
-    found = [
-        (name, blocks)
-        for name, blocks in lm.base_model.named_modules()
-        if isinstance(blocks, nn.ModuleList) and len(blocks) and all(hasattr(block, "mlp") for block in blocks)
-    ]
-    if len(found) != 1:
-        raise InputError(f"--model: {type(lm).__name__} has {len(found)} lists of blocks with an .mlp, not one")
-    name, blocks = found[0]
+    """Return the hookpoint (the MLP's name under the base model, "h.6.mlp"), the list of blocks, and the MLP itself."""
+    # the first list is that of the blocks, in any decoder of transformers
+    name, blocks = next(((n, m) for n, m in lm.base_model.named_modules() if isinstance(m, nn.ModuleList)), ("", []))
     if not 0 <= layer < len(blocks):
-        raise InputError(f"--layer {layer}: the model has blocks 0 to {len(blocks) - 1}")
-    if hasattr(blocks[layer].mlp, "experts"):
-        raise InputError(f"--layer {layer}: its MLP is a mixture of experts, and only dense ones can be coded")
-    return f"{name}.{layer}.mlp", blocks, blocks[layer].mlp
+        sys.exit(f"error: --layer {layer}: the model has blocks 0 to {len(blocks) - 1}")
+    mlp = getattr(blocks[layer], "mlp", None)
+    if mlp is None or hasattr(mlp, "experts"):
+        sys.exit(f"error: --layer {layer}: {type(blocks[layer]).__name__} has no dense .mlp")
+    return f"{name}.{layer}.mlp", blocks, mlp
 
 
 class MLPActivations:
     """Call it with tokens [rows, ctx_len] to get the MLP's input x and output y there, each [rows * (ctx_len - 1), d].
 
-    Position 0 of each row is left out: GPT-2 and others park their attention there and give it a huge norm, which says
-    nothing of the text and would swamp the loss. (Some models have such attention sinks elsewhere too.)
+    Position 0 of each row is left out: LMs park attention there, with a huge norm that says nothing of the text.
     """
 
-    def __init__(self, lm: nn.Module, mlp: nn.Module, dtype: torch.dtype):
-        self.lm, self.dtype = lm, dtype
+    def __init__(self, lm: nn.Module, mlp: nn.Module):
+        self.lm = lm
         mlp.register_forward_hook(self.hook)
 
     def hook(self, mlp, args, output):
         if len(args) != 1:  # BLOOM's, for one, is given the residual stream as well, and adds its output to it
-            raise InputError(f"--model: {type(mlp).__name__} takes {len(args)} inputs, not one")
+            sys.exit(f"error: --model: {type(mlp).__name__} takes {len(args)} inputs, not one")
         self.x, self.y = args[0], output  # [rows, ctx_len, d] each
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(tokens.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            self.lm.base_model(tokens, use_cache=False)
+        self.lm.base_model(tokens, use_cache=False)
         return self.x[:, 1:].flatten(0, 1).float(), self.y[:, 1:].flatten(0, 1).float()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
-
-# The recipe, found by measurement (README, "Recipe"). Shares are of the tokens to train on.
-DEFAULT_TOKENS = 50_000_000
-WARM_UP, DECAY = 0.05, 0.5  # shares over which the learning rate rises at the start and falls at the end
+# ---- Training -------------------------------------------------------------------------------------------------------
+WARM_UP, DECAY = 0.05, 0.5  # shares of the steps over which the learning rate rises at the start and falls at the end
 BETAS = (0.9, 0.98)  # Adam's; the usual 0.999 remembers a thousand steps, half of a short run
-DEAD = 0.02  # a latent is dead once it was silent for this share
-# What a dead latent's bias gains per step until it fires, in standard deviations of the pre-activations (and times the
-# factor of the learning rate). Without it a third of the SAE's and a quarter of the transcoder's latents die; AuxK, the
-# usual cure, in its place left 13% of the transcoder's dead, and a step took five times as long (README).
-WAKE = 0.03
-LOG_EVERY, SAVE_EVERY = 5, 300  # seconds
-
-
-def default_rows(tokens: int, ctx_len: int) -> int:
-    """Rows in a step: 1,024 tokens for a run of 2M, growing with the square root of the run."""
-    return max(1, round(1024 * math.sqrt(tokens / 2e6) / ctx_len))
-
-
-def default_lr(tokens: int) -> float:
-    """Adam's learning rate: 1.5e-3 for a run of 2M tokens, falling with the fourth root of the run."""
-    return 1.5e-3 * (2e6 / tokens) ** 0.25
+DEAD = 0.02  # a latent is dead once it was silent for this share of the tokens to train on
+WAKE = 0.03  # what a dead latent's bias gains a step, in s_z; without it up to a third of the latents die
+LOG_EVERY, SAVE_EVERY = 5, 300  # seconds: not each step, as reading a number off a GPU waits for all work given to it
 
 
 class Trainer:
-    """A coder, its optimizer, how long each latent has been silent, and the squared error since the last report."""
+    """A coder, its optimizer, how long each latent has been silent, and the FVU since the last report."""
 
-    def __init__(self, coder: Coder, x: Tensor, y: Tensor, lr: float, auxk_alpha: float, dead_after: float):
+    def __init__(self, coder: Coder, x: Tensor, y: Tensor, lr: float, dead_after: float):
         """x, y [N, d]: a first batch, which sets where the coder starts; `dead_after`: tokens of silence."""
-        self.coder, self.lr, self.auxk_alpha, self.dead_after = coder, lr, auxk_alpha, dead_after
-        (x_mean, x_scale), (y_mean, y_scale) = mean_and_scale(x), mean_and_scale(y)
-        coder.start_at(x_mean, y_mean)
-        # Adam moves each number by about lr whatever its gradient, so each parameter needs its lr in its own units: x
-        # and y have scales of their own in each layer and model
-        self.z_scale = y_scale if coder.arch == "sae" else x_scale  # of pre-activations: W_enc has unit rows
-        units = {
-            "encoder.weight": 1.0,
-            "encoder.bias": self.z_scale,
-            "W_dec": y_scale / self.z_scale,
-            "b_dec": y_scale,
-            "W_skip": y_scale / x_scale,
-        }
+        self.coder, self.lr, self.dead_after = coder, lr, dead_after
+        coder.b_dec.data = y.mean(0)  # predict the mean of y, to start with, and centre what is read
+        if coder.arch != "sae":
+            coder.b_enc.data = -(coder.W_enc.data @ x.mean(0))  # [M, d] @ [d] -> [M]
+        s_x, s_y = (a.var(0, correction=0).mean().sqrt().item() for a in (x, y))
+        self.s_z = s_y if coder.arch == "sae" else s_x  # W_enc has unit rows
+        units = {"W_enc": 1, "b_enc": self.s_z, "W_dec": s_y / self.s_z, "b_dec": s_y, "W_skip": s_y / s_x}
         groups = [{"params": [p], "unit": units[name]} for name, p in coder.named_parameters()]
         self.optimizer = torch.optim.Adam(groups, lr=lr, betas=BETAS, fused=True)
         self.silent = torch.zeros(len(coder.W_dec), dtype=torch.int64, device=x.device)  # [M] tokens since last active
-        self.squared_error, self.variance = torch.zeros(2, device=x.device)  # since the last report
+        self.sums = torch.zeros(2, device=x.device)  # squared error and variance since the last report
 
-    def step(self, x: Tensor, y: Tensor, variance: Tensor, lr_factor: float):
-        """One Adam step on the loss over x, y [N, d]; `variance` is sum |y - mean(y)|^2 over the batch."""
+    def step(self, x: Tensor, y: Tensor, lr_factor: float):
+        """One Adam step on the FVU of x, y [N, d], the MLP's input and output."""
         coder = self.coder
-        y_hat, acts, indices = coder(x, y)
-        error = y - y_hat  # [N, d]
-        squared_error = error.square().sum()
-        loss = squared_error / variance  # the FVU
-        dead = self.silent >= self.dead_after  # [M]
-        if self.auxk_alpha and dead.any():
-            loss = loss + self.auxk_alpha * self.auxk_loss(x, y, error.detach(), dead.nonzero().flatten()) / variance
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=fast_bfloat16(x.device)):
+            y_hat, acts, indices = coder(x, y)
+        squared_error = (y - y_hat).square().sum()
+        variance = (y - y.mean(0)).square().sum()
         self.optimizer.zero_grad()
-        loss.backward()
-
-        active = torch.zeros(len(coder.W_dec), device=x.device).index_add_(0, indices.flatten(), acts.flatten())  # [M]
-        squared_error = squared_error.detach()
-        sum_over_processes(active, squared_error, *(p.grad for p in coder.parameters()))
-        self.silent = torch.where(active > 0, 0, self.silent + len(x) * world_size())
-        self.squared_error += squared_error
-        self.variance += variance
-
+        (squared_error / variance).backward()
+        active = torch.zeros_like(coder.b_enc).index_add_(0, indices.flatten(), acts.detach().flatten())  # [M]
+        for tensor in (active, *(p.grad for p in coder.parameters())) if WORLD > 1 else ():
+            torch.distributed.all_reduce(tensor)
+        dead = self.silent >= self.dead_after  # [M]
+        self.silent = torch.where(active > 0, 0, self.silent + len(x) * WORLD)
+        self.sums += torch.stack([squared_error.detach(), variance])
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * lr_factor * group["unit"]
-        if coder.arch == "sae":  # rows of W_dec stay unit vectors: step along the sphere, then back onto it
-            W, grad = coder.W_dec.data, coder.W_dec.grad  # [M, d]
-            grad -= (grad * W).sum(1, keepdim=True) * W
         self.optimizer.step()
+        coder.b_enc.data += WAKE * self.s_z * lr_factor * dead
         if coder.arch == "sae":
-            coder.W_dec.data = F.normalize(coder.W_dec.data)
-        coder.encoder.bias.data += WAKE * self.z_scale * lr_factor * dead  # dead latents wake up, see WAKE
+            coder.W_dec.data = F.normalize(coder.W_dec.data)  # rows stay unit vectors
 
-    def auxk_loss(self, x: Tensor, y: Tensor, error: Tensor, dead: Tensor) -> Tensor:
-        """Squared error of the dead latents at predicting what the others left over (Gao et al. 2024, appendix A.2).
-
-        Each token uses the k_aux largest of the dead latents [n_dead]. Their prediction has no b_dec in it: the error
-        [N, d] is what is left after y_hat, which has.
-        """
-        k_aux = min(len(dead), x.shape[1] // 2)
-        error_hat, _, _ = self.coder.sparse_mlp(x, y, dead, k_aux)  # [N, d]
-        return (error - error_hat).square().sum()
-
-    def report(self) -> tuple[float, float]:
-        """FVU since the last report, and the share of the latents that are dead now."""
-        fvu = (self.squared_error / self.variance).item()
-        self.squared_error.zero_()
-        self.variance.zero_()
-        return fvu, (self.silent >= self.dead_after).float().mean().item()
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def sum_over_processes(*tensors: Tensor):
-    """Replace each tensor by its sum over all processes. Losses are sums over tokens, so gradients add up as well."""
-    if dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-
-
-def mean_and_variance(a: Tensor) -> tuple[Tensor, Tensor]:
-    """mean(a) [d] and sum |a - mean(a)|^2 over the batch a [N, d] of all processes."""
-    mean = a.mean(0) / world_size()
-    sum_over_processes(mean)
-    variance = (a - mean).square().sum()
-    sum_over_processes(variance)
-    return mean, variance
-
-
-def mean_and_scale(a: Tensor) -> tuple[Tensor, float]:
-    """mean(a) [d] and the root mean square of the entries of a - mean(a), a [N, d]."""
-    mean, variance = mean_and_variance(a)
-    return mean, (variance / (a.numel() * world_size())).sqrt().item()
-
-
-def lr_schedule(done: float) -> float:
-    """Factor of the learning rate after the share `done` of the steps: linear warm-up, constant, linear decay."""
-    return min(1, done / WARM_UP, (1 - done) / DECAY)
-
-
-def any_process(*flags) -> list[bool]:
-    """Which of the flags are set in at least one process."""
-    if not dist.is_initialized():
-        return [bool(flag) for flag in flags]
-    counts = torch.tensor([bool(flag) for flag in flags], dtype=torch.float32)  # on the CPU: no GPU is waited for
-    sum_over_processes(counts)
-    return (counts > 0).tolist()
-
-
-def check(args: argparse.Namespace):
-    """Raise InputError where flags do not fit together, or do not fit the model or the disk."""
-    if args.batch_size % world_size():
-        raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {world_size()} processes")
-    limit = getattr(from_pretrained(AutoConfig, args.model), "max_position_embeddings", math.inf)
-    if not 3 <= args.ctx_len <= limit:  # position 0 is not used, and in eval.py the last one has no next token
-        raise InputError(f"--ctx-len {args.ctx_len}: at least 3 and, for this model, at most {limit} tokens")
-    if (args.out / "config.json").exists() and not args.overwrite:
-        raise InputError(f"--out {args.out} holds a run: pass --overwrite to replace it, or another --out")
-    if rank() == 0:
-        check_writable("--out", args.out / "config.json")
-
-
-def set_up(args: argparse.Namespace):
-    """Start to read and load the LM. Return the run's config, the batches, the activations and a Trainer per coder."""
-    device, dtype = args.device, matmul_dtype(args.device)
-    # the data goes first: reading runs ahead in a process of its own while the LM loads
-    tokenizer = from_pretrained(AutoTokenizer, args.model)
-    share = {"rows": args.batch_size // world_size(), "rank": rank(), "world": world_size()}
-    batches = read_ahead(TokenBatches(args.dataset, args.subset, tokenizer, args.ctx_len, seed=args.seed, **share))
-    lm = load_lm(args.model, device, dtype)
+def train(args: argparse.Namespace):
+    """Train a coder for each of `args.arch` on one stream of activations, and save them to `args.out`."""
+    with blame(f"--model {args.model}", MODEL):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+        source = args.dataset, args.subset, tokenizer, args.ctx_len
+        batches = token_batches(*source, args.batch_size // WORLD, seed=args.seed)
+        lm = load_lm(args.model, args.device)
     hookpoint, blocks, mlp = find_mlp(lm, args.layer)
     del blocks[args.layer + 1 :]  # nobody reads what they write; the LM head is never called either
-    activations = MLPActivations(lm, mlp, dtype)
-    first = next(batches)
-    x, y = activations(first.to(device))  # [rows * (ctx_len - 1), d] each
-    d = y.shape[1]
-    num_latents = args.expansion * d
-    if args.k > num_latents:
-        raise InputError(f"--k {args.k}: there are {num_latents} latents (--expansion {args.expansion} x {d})")
-    trainers = {}
-    for arch in args.arch:
-        try:
-            coder = Coder(arch, d, num_latents, args.k, args.seed).to(device)
-            coder.matmul_dtype = dtype
-            trainers[arch] = Trainer(coder, x, y, args.lr, args.auxk_alpha, DEAD * args.tokens)
-        except (RuntimeError, MemoryError) as error:  # what torch raises when it cannot allocate
-            why = f"memory for {num_latents:,} latents could not be had ({first_line(error)})"
-            raise InputError(f"--expansion {args.expansion}: {why}, lower it") from error
+    activations = MLPActivations(lm, mlp)
+    first = next(batches).to(args.device)
+    if WORLD > 1:
+        torch.distributed.broadcast(first, 0)  # so that all start the same
+    x, y = activations(first)  # [rows * (ctx_len - 1), d] each
+    d, M = y.shape[1], args.expansion * y.shape[1]
+    if args.k > M:
+        sys.exit(f"error: --k {args.k}: there are {M} latents (--expansion {args.expansion} x {d})")
+    with blame(f"--expansion {args.expansion}", "lower it"):  # what does not fit into memory
+        coders = {arch: Coder(arch, d, M, args.k, args.seed).to(args.device) for arch in args.arch}
+        trainers = {name: Trainer(coder, x, y, args.lr, DEAD * args.tokens) for name, coder in coders.items()}
 
-    config = vars(args) | {"hookpoint": hookpoint, "d": d, "num_latents": num_latents, "matmul_dtype": str(dtype)[6:]}
-    config |= {key: Path(config[key]).resolve() for key in ("model", "dataset") if Path(config[key]).exists()}
-    config["versions"] = {name: version(name) for name in ("torch", "transformers", "datasets")}
-    config["versions"]["python"] = platform.python_version()
-    if rank() == 0:
-        gpu = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
-        print(f"model      {args.model}: {type(lm).__name__}, d {d}")
-        print(f"hookpoint  {hookpoint}")
-        print(f"coders     {', '.join(args.arch)}: M {num_latents:,} latents, k {args.k}")
-        print(f"device     {device}{gpu} x {world_size()}, matmuls in {config['matmul_dtype']}")
-    return config, chain([first], batches), activations, trainers
-
-
-def note_signals() -> list[int]:
-    """From now on SIGINT and SIGTERM are only noted, in this list; a second Ctrl-C raises KeyboardInterrupt."""
-    stop = []
-
-    def on_signal(number: int, _frame):
-        if number == signal.SIGINT and number in stop:  # do not wait for a step or for data
-            raise KeyboardInterrupt
-        stop.append(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    return stop
-
-
-def train(args: argparse.Namespace) -> int:
-    """Train the coders `args.arch` on one stream of activations and save them to `args.out`. Return the exit code."""
-    check(args)
-    config, batches, activations, trainers = set_up(args)
     step_tokens = args.batch_size * (args.ctx_len - 1)
     steps = math.ceil(args.tokens / step_tokens)
-    if rank() == 0:
-        amounts = f"{steps * step_tokens:,} tokens, {step_tokens:,} a step, learning rate {args.lr:.2g}"
-        print(f"data       {args.dataset}: {amounts}")
-        print(f"saves to   {args.out}", flush=True)
-    stop = note_signals()
-    reported_at = saved_at = started_at = time.monotonic()
-    tokens = reported_tokens = 0
-    log = ""
-    with tqdm(total=steps * step_tokens, unit="tok", unit_scale=True, disable=rank() > 0) as bar:
-        for step, batch in enumerate(islice(batches, steps)):
-            x, y = activations(batch.to(args.device))  # [rows * (ctx_len - 1), d] each
-            _, variance = mean_and_variance(y)
-            for trainer in trainers.values():
-                trainer.step(x, y, variance, lr_schedule((step + 0.5) / steps))
-            tokens += step_tokens
-            bar.update(step_tokens)
-
-            # Report every few seconds and save every few minutes, not at every step: reading a number off a GPU waits
-            # for all the work given to it. Several processes have to agree on when.
-            now = time.monotonic()
-            ending, saving, reporting = any_process(
-                stop or step + 1 == steps, now > saved_at + SAVE_EVERY, now > reported_at + LOG_EVERY
-            )
-            if not (ending or saving or reporting):
-                continue
-            reports = {arch: trainer.report() for arch, trainer in trainers.items()}
-            fvu = {arch: report[0] for arch, report in reports.items()}
-            dead = {arch: report[1] for arch, report in reports.items()}
-            if not all(map(math.isfinite, fvu.values())):
-                kept = f"the last save in {args.out} is kept" if saved_at > started_at else "nothing was saved"
-                raise InputError(f"--lr {args.lr:g}: the loss is not finite after {tokens:,} tokens, lower it; {kept}")
-            bar.set_postfix_str(", ".join(f"{arch} FVU {fvu[arch]:.3f} dead {dead[arch]:.1%}" for arch in trainers))
-            speed = round((tokens - reported_tokens) / (now - reported_at))
-            log += json.dumps({"tokens": tokens, "tokens_per_s": speed, "fvu": fvu, "dead": dead}) + "\n"
-            reported_at, reported_tokens = now, tokens
-            if ending or saving:
-                saved_at = now
-            if rank() == 0:
-                write("--out", {args.out / "log.jsonl": log})
-                if ending or saving:
-                    coders = [trainer.coder for trainer in trainers.values()]
-                    save_run(args.out, config | {"tokens_trained": tokens}, coders)
-            if ending:
-                break
-    if rank() == 0:
-        how = f"stopped by {signal.Signals(stop[0]).name}" if stop else "done"
-        print(f"{how} after {tokens:,} tokens, saved to {args.out}; next: python eval.py {args.out}")
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-    return 128 + stop[0] if stop else 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def write(flag: str, files: dict[Path, str | dict[str, Tensor]]):
-    """Write texts and tensors to temporary names, and only then rename all of them: each file is replaced whole.
-
-    On a full disk none is. Raises InputError, with the flag that named the place.
-    """
-    temporary = {path: path.with_name(path.name + ".tmp") for path in files}
+    config = vars(args) | {"hookpoint": hookpoint, "d": d, "num_latents": M, "tokens_trained": 0}
+    config |= {key: Path(config[key]).resolve() for key in ("model", "dataset") if Path(config[key]).exists()}
+    config["versions"] = {library.__name__: library.__version__ for library in (torch, transformers, datasets)}
+    if RANK == 0:
+        print(f"coders   {', '.join(coders)}: M {M:,} latents, k {args.k}, saved to {args.out}")
+        print(f"mlp      {hookpoint} of {args.model}, d {d}, in {lm.dtype} on {args.device} x {WORLD}")
+        print(f"tokens   {steps * step_tokens:,} of {args.dataset}, {step_tokens:,} a step, lr {args.lr:.2g}")
+        write("--out", {args.out / "log.jsonl": ""})  # raises where it cannot be written
+    bar = tqdm(total=steps * step_tokens, unit="tok", unit_scale=True, disable=RANK > 0)
+    log, tokens, logged, done, logged_at, saved_at = "", 0, 0, False, time.monotonic(), time.monotonic()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
-        for path, content in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, str):
-                temporary[path].write_text(content)
-            else:
-                save_file(content, temporary[path])
-        for path in files:
-            os.replace(temporary[path], path)
-    except (OSError, SafetensorError) as error:
-        for left_over in temporary.values():
-            with suppress(OSError):
-                left_over.unlink()
-        why = getattr(error, "strerror", None) or first_line(error)
-        raise InputError(f"{flag} {path}: cannot be written ({why}), make room or pass another path") from error
+        for step, batch in zip(range(steps), batches):
+            x, y = activations(batch.to(args.device))
+            share = (step + 0.5) / steps
+            for trainer in trainers.values():
+                trainer.step(x, y, min(1, share / WARM_UP, (1 - share) / DECAY))
+            bar.update(step_tokens)
+            config["tokens_trained"] = tokens = tokens + step_tokens
+            now, done = time.monotonic(), step + 1 == steps
+            if RANK > 0 or now < logged_at + LOG_EVERY and not done:
+                continue
+            fvu = {name: (t.sums[0] / t.sums[1]).item() for name, t in trainers.items()}  # since the last report
+            dead = {name: (t.silent >= t.dead_after).float().mean().item() for name, t in trainers.items()}
+            if not all(map(math.isfinite, fvu.values())):
+                sys.exit(f"error: --lr {args.lr:g}: the loss is not finite after {tokens:,} tokens, lower it")
+            bar.set_postfix_str(", ".join(f"{name} FVU {fvu[name]:.3f} dead {dead[name]:.1%}" for name in coders))
+            speed = round((tokens - logged) / (now - logged_at))
+            log += json.dumps({"tokens": tokens, "tokens_per_s": speed, "fvu": fvu, "dead": dead}) + "\n"
+            write("--out", {args.out / "log.jsonl": log})
+            logged, logged_at = tokens, now
+            for trainer in trainers.values():
+                trainer.sums.zero_()
+            if now > saved_at + SAVE_EVERY:
+                save_run(config, coders)
+                saved_at = now
+    except KeyboardInterrupt:
+        bar.close()  # Ctrl-C or SIGTERM: what there is, is saved
+    if RANK == 0:
+        save_run(config, coders)
+        print("done" if done else "stopped", f"after {tokens:,} tokens; next: python eval.py {args.out}")
+    sys.exit(0 if done else 130)
 
 
-def save_run(out: Path, config: dict, coders: list[Coder]):
-    """Write config.json and, per coder, <arch>/<hookpoint>/, a folder that EleutherAI's `sparsify` loads as it is."""
-    folders = {out / coder.arch / config["hookpoint"]: coder for coder in coders}
-    files = {}
-    for folder, coder in folders.items():
-        weights = {name: p.detach().cpu().contiguous() for name, p in coder.named_parameters()}
-        cfg = {
-            "activation": "topk",
-            "expansion_factor": config["expansion"],
-            "normalize_decoder": coder.arch == "sae",
-            "num_latents": config["num_latents"],
-            "k": coder.k,
-            "multi_topk": False,
-            "skip_connection": coder.arch == "skip_transcoder",
-            "transcode": coder.arch != "sae",
-            "d_in": config["d"],
-        }
-        files |= {folder / "sae.safetensors": weights, folder / "cfg.json": json.dumps(cfg, indent=2) + "\n"}
-    files[out / "config.json"] = json.dumps(config, indent=2, default=str) + "\n"  # str: of paths and the device
-    try:  # the run that --overwrite replaces may have had coders that this one has not
-        old = json.loads((out / "config.json").read_text())
-        stale = {out / arch / old["hookpoint"] for arch in old["arch"]} - folders.keys()
-    except (OSError, ValueError, KeyError):  # there is none, or it is broken
-        stale = ()
+# ---- Files ----------------------------------------------------------------------------------------------------------
+IN_FILES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}  # what EleutherAI's sparsify calls them
+
+
+def save_run(config: dict, coders: dict[str, Coder]):
+    """Write config.json and, per coder, <name>/<hookpoint>/, a folder that EleutherAI's `sparsify` loads as it is."""
+    files = {config["out"] / "config.json": json.dumps(config, indent=2, default=str) + "\n"}  # str: paths, the device
+    for name, coder in coders.items():
+        folder = config["out"] / name / config["hookpoint"]
+        cfg = {"activation": "topk", "expansion_factor": config["expansion"], "num_latents": config["num_latents"]}
+        cfg |= {"k": coder.k, "multi_topk": False, "d_in": config["d"], "normalize_decoder": coder.arch == "sae"}
+        cfg |= {"transcode": coder.arch != "sae", "skip_connection": coder.arch == "skip_transcoder"}
+        files[folder / "cfg.json"] = json.dumps(cfg, indent=2) + "\n"
+        files[folder / "sae.safetensors"] = {IN_FILES.get(n, n): p.cpu() for n, p in coder.state_dict().items()}
     write("--out", files)
-    for folder in stale:
-        shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):
-            folder.parent.rmdir()  # where nothing else is in it
-
-
-def check_writable(flag: str, path: Path):
-    """Raise InputError, before any work is done, if the file `path` cannot be written."""
-    if path.is_dir():
-        raise InputError(f"{flag} {path}: it is a folder, pass the name of a file")
-    probe = path.with_name(path.name + ".probe")
-    write(flag, {probe: ""})
-    probe.unlink()
 
 
 def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[dict, dict[str, Coder]]:
-    """Return the config of a run directory and its coders by architecture. Raises InputError where it is damaged."""
-    path = Path(run) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-        coders = {}
+    """Return the config of a run directory and its coders by name. Ends the program if damaged."""
+    with blame(f"RUN {run}", "pass a folder that skipcoder.py wrote, or train it again"):
+        config, coders = json.loads((Path(run) / "config.json").read_text()), {}
         for arch in config["arch"]:
-            path = Path(run) / arch / config["hookpoint"] / "sae.safetensors"
             coder = Coder(arch, config["d"], config["num_latents"], config["k"])
-            coder.load_state_dict(load_file(path))
+            tensors = load_file(Path(run) / arch / config["hookpoint"] / "sae.safetensors")
+            coder.load_state_dict({name: tensors[IN_FILES.get(name, name)] for name in coder.state_dict()})
             coders[arch] = coder.to(device).requires_grad_(False)
-    except FileNotFoundError:
-        raise InputError(f"RUN {run}: no run is there, {path} is missing") from None
-    except Exception as error:  # torn JSON, torn safetensors, keys or shapes that do not fit
-        raise InputError(f"RUN {run}: {path} cannot be read ({first_line(error)}): train it again") from error
-    return config, coders
+        return config, coders
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags
-# ---------------------------------------------------------------------------------------------------------------------
+def write(flag: str, files: dict[Path, str | dict[str, Tensor]]):
+    """Write texts and tensors under temporary names, then rename all: each is replaced whole, on a full disk none."""
+    temporary = {path: path.with_name(path.name + ".tmp") for path in files}
+    with blame(f"{flag} {next(iter(files)).parent}", "make room there, or pass another path"):
+        try:
+            for path, content in files.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary[path].write_text(content) if isinstance(content, str) else save_file(content, temporary[path])
+            for path in files:
+                temporary[path].replace(path)
+        finally:
+            for path in files:
+                temporary[path].unlink(missing_ok=True)
 
 
-class Flags(argparse.ArgumentParser):
-    def error(self, message):
-        """One line, where argparse would print the usage as well."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+# ---- Flags ----------------------------------------------------------------------------------------------------------
+MODEL = "pass a name on the hub, with a connection to it, or a local folder, as tests/tiny_gpt2.py makes one"
 
 
-def whole(text: str) -> int:
-    """A flag's value that counts something, 2000000 or 2e6."""
-    if not (1 <= float(text) < 1e15 and float(text).is_integer()):
-        raise argparse.ArgumentTypeError(f"{text}: a whole number of at least 1 is needed")
-    return int(float(text))
-
-
-def positive(text: str) -> float:
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: a number above 0 is needed")
-    return float(text)
-
-
-def not_negative(text: str) -> float:
-    return 0.0 if float(text) == 0 else positive(text)
+@contextmanager
+def blame(flag: str, fix: str):
+    """Around what a user can get wrong: whatever is raised ends the program with one line of flag, message and fix."""
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        line = lines[-1 if "Traceback" in str(error) else 0]  # what a reader process raises comes with its traceback
+        sys.exit(f"error: {flag}: {line.rstrip('.')} ({fix})")
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name, after seeing that it works; "auto" is the GPU if there is one."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.zeros(1, device=device)
-        return device
-    except Exception as error:
-        raise InputError(f"--device {name}: {first_line(error)}; use cpu, cuda or auto") from error
-
-
-def matmul_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it (then 2 to 9 times as fast as float32), else float32."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.cpu.get_capabilities().get("avx512_bf16", False)  # every CPU with AMX has it too
-    return torch.bfloat16 if fast else torch.float32
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-def keep_freed_memory():
-    """Tell glibc to keep memory that was freed: new pages for the tensors of each step take 7 to 15% of a CPU step."""
-    if platform.libc_ver()[0] == "glibc":
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def quiet_libraries():
-    """Hide the warnings, retries and bars of the libraries: what matters of them we say in a line of our own."""
-    for library in ("transformers", "huggingface_hub"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
+    auto = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    with blame(f"--device {name}", "use cpu, cuda or auto"):
+        return torch.zeros(1, device=auto if name == "auto" else name).device  # raises where it does not work
 
 
 def main():
-    parser = Flags(prog="skipcoder.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="skipcoder.py", description=__doc__.splitlines()[0])
+    parser.error = lambda message: sys.exit(f"error: {message}")  # one line, without the usage
     flag = parser.add_argument
-    # fmt: off
     flag("--layer", type=int, required=True, help="the block whose MLP is coded, counted from 0")
     flag("--model", default="gpt2", help="a decoder on the Hugging Face hub, or a local folder (default %(default)s)")
-    flag("--dataset", default=DEFAULT_DATASET, help="a data set on the hub, or a local .txt, .jsonl, .json or .parquet "
-         "file (text ones also as .gz) or a folder of them (default %(default)s)")
-    flag("--subset", help=f"configuration of a hub data set (default: {DEFAULT_SUBSET} of the default data set)")
+    flag("--dataset", default="HuggingFaceFW/fineweb", help=f"{DATA} (default %(default)s)")
+    flag("--subset", help="configuration of a hub data set (default: sample-10BT of the default data set)")
     flag("--arch", nargs="+", choices=ARCHS, default=list(ARCHS), help="coders to train (default: all three)")
-    flag("--expansion", type=whole, default=32, help="latents M as a multiple of the width d (default %(default)s)")
-    flag("--k", type=whole, default=32, help="latents active per token (default %(default)s)")
-    flag("--tokens", type=whole, default=DEFAULT_TOKENS, help="tokens to train on (default %(default)s)")
-    flag("--ctx-len", type=whole, default=256, help="tokens in a row; the first is not used (default %(default)s)")
-    flag("--batch-size", type=whole, help="rows in a step (default: grows with --tokens, see README, Recipe)")
-    flag("--lr", type=positive, help="Adam's learning rate (default: falls with --tokens, see README, Recipe)")
-    flag("--auxk-alpha", type=not_negative, default=0.0, help="weight of the AuxK loss (default 0: see README, Recipe)")
+    flag("--expansion", type=int, default=32, help="latents M as a multiple of the width d (default %(default)s)")
+    flag("--k", type=int, default=32, help="latents active per token (default %(default)s)")
+    flag("--tokens", type=float, default=5e7, help="tokens to train on (default %(default)s)")
+    flag("--ctx-len", type=int, help="tokens in a row (default 256, or the model's limit if that is lower)")
+    flag("--batch-size", type=int, help="rows in a step (default: grows with --tokens, see README, Recipe)")
+    flag("--lr", type=float, help="Adam's learning rate (default: falls with --tokens, see README, Recipe)")
     flag("--seed", type=int, default=0, help="seed of the coders' start and of the order of the rows (default 0)")
     flag("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
-    flag("--out", help="run directory (default runs/<model>-layer<L>)")
+    flag("--out", type=Path, help="run directory (default runs/<model>-layer<L>)")
     flag("--overwrite", action="store_true", help="replace the run in --out")
-    # fmt: on
     args = parser.parse_args()
-    quiet_libraries()
-    keep_freed_memory()
-    try:
-        torchrun = "LOCAL_RANK" in os.environ  # starts one process per GPU, or several on the CPU
-        if torchrun and args.device in ("auto", "cuda") and torch.cuda.is_available():
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        args.device = pick_device(args.device)
-        if torchrun:
-            if args.device.type == "cuda":
-                torch.cuda.set_device(args.device)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo")
-        args.subset = args.subset or (DEFAULT_SUBSET if args.dataset == DEFAULT_DATASET else None)
-        rows = max(1, round(default_rows(args.tokens, args.ctx_len) / world_size()))  # of each process
-        args.batch_size = args.batch_size or rows * world_size()
-        args.lr = args.lr or default_lr(args.tokens)
-        args.out = Path(args.out or f"runs/{Path(args.model).resolve().name}-layer{args.layer}")
-        sys.exit(train(args))
-    except InputError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "stopped at once, without saving\n")
+    for name in ("expansion", "k", "tokens", "ctx_len", "batch_size", "lr"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: a number above 0 is needed")
+    logging.disable(logging.ERROR)  # what matters of the libraries' messages is said in a line of our own
+    transformers.logging.disable_progress_bar()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training starts, Ctrl-C has nothing to save
+    args.device = pick_device(args.device)
+    if WORLD > 1:
+        torch.distributed.init_process_group()
+    with blame(f"--model {args.model}", MODEL):
+        model = transformers.AutoConfig.from_pretrained(args.model).get_text_config()
+    limit = getattr(model, "max_position_embeddings", math.inf)
+    args.ctx_len = args.ctx_len or min(256, limit)
+    if not 3 <= args.ctx_len <= limit:  # position 0 is not used, and in eval.py the last one has no next token
+        sys.exit(f"error: --ctx-len {args.ctx_len}: at least 3 and, for this model, at most {limit} tokens")
+    # the recipe: for a run over 2M tokens a rate of 1.5e-3 and 1,024 tokens in a step
+    args.lr = args.lr or 1.5e-3 * (2e6 / args.tokens) ** 0.25
+    rows = args.batch_size or 1024 * (args.tokens / 2e6) ** 0.5 / args.ctx_len
+    args.batch_size = max(1, round(rows / WORLD)) * WORLD
+    args.subset = args.subset or {"HuggingFaceFW/fineweb": "sample-10BT"}.get(args.dataset)
+    args.out = args.out or Path(f"runs/{Path(args.model).resolve().name}-layer{args.layer}")
+    if (args.out / "config.json").exists() and not args.overwrite:
+        sys.exit(f"error: --out {args.out} holds a run: pass --overwrite to replace it, or another --out")
+    train(args)
 
 
 if __name__ == "__main__":
