@@ -420,15 +420,25 @@ def blame(flag: str, fix: str):
         sys.exit(f"error: {flag}: {line.rstrip('.')} ({fix})")
 
 
-def pick_device(name: str) -> torch.device:
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The flags of either script, with numbers checked and the device tried; and what else both begin with."""
+    parser.error = lambda message: sys.exit(f"error: {message}")  # one line, without the usage
+    args = parser.parse_args()
+    for name in ("expansion", "k", "tokens", "ctx_len", "batch_size", "lr", "latents"):
+        if (value := getattr(args, name, None)) is not None and not 0 < value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {value}: a number above 0 is needed")
+    args.tokens = math.ceil(args.tokens)
     auto = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    with blame(f"--device {name}", "use cpu, cuda or auto"):
-        return torch.zeros(1, device=auto if name == "auto" else name).device  # raises where it does not work
+    with blame(f"--device {args.device}", "use cpu, cuda or auto"):
+        args.device = torch.zeros(1, device=auto if args.device == "auto" else args.device).device
+    logging.disable(logging.ERROR)  # what matters of the libraries' messages is said in a line of our own
+    transformers.logging.disable_progress_bar()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends at once, as long as there is nothing to save
+    return args
 
 
 def main():
     parser = argparse.ArgumentParser(prog="skipcoder.py", description=__doc__.splitlines()[0])
-    parser.error = lambda message: sys.exit(f"error: {message}")  # one line, without the usage
     flag = parser.add_argument
     flag("--layer", type=int, required=True, help="the block whose MLP is coded, counted from 0")
     flag("--model", default="gpt2", help="a decoder on the Hugging Face hub, or a local folder (default %(default)s)")
@@ -445,14 +455,7 @@ def main():
     flag("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     flag("--out", type=Path, help="run directory (default runs/<model>-layer<L>)")
     flag("--overwrite", action="store_true", help="replace the run in --out")
-    args = parser.parse_args()
-    for name in ("expansion", "k", "tokens", "ctx_len", "batch_size", "lr"):
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: a number above 0 is needed")
-    logging.disable(logging.ERROR)  # what matters of the libraries' messages is said in a line of our own
-    transformers.logging.disable_progress_bar()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training starts, Ctrl-C has nothing to save
-    args.device = pick_device(args.device)
+    args = parse(parser)
     if WORLD > 1:
         torch.distributed.init_process_group()
     with blame(f"--model {args.model}", MODEL):
