@@ -15,8 +15,8 @@ The first says what the MLP's output is made of; the others imitate what the MLP
 the fraction of its variance that is left unexplained, FVU = sum |y - y_hat|^2 / sum |y - mean(y)|^2.
 Paper: "Transcoders Beat Sparse Autoencoders for Interpretability", Paulo, Shabalin & Belrose, arXiv 2501.18823.
 
-Two things are not the paper's, and were measured (README, "Recipe"). s_x and s_y are the root mean squares of the
-centred entries of x and y, s_z that of what the encoder reads, hence of the pre-activations:
+Two things are not the paper's, and were measured (README, "Recipe"). With s_x and s_y the root mean squares of the
+centred entries of x and y, and s_z that of what the encoder reads, hence of the pre-activations:
     units           Adam moves a number by about its learning rate, whatever the gradient, so each parameter has lr in
                     its own units: W_enc lr, b_enc lr s_z, W_dec lr s_y / s_z, b_dec lr s_y, W_skip lr s_y / s_x.
                     And all start centred, which also keeps latents alive (arXiv 2605.31518).
@@ -38,7 +38,6 @@ from itertools import count
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads leave their core to others while they wait
-
 import datasets.distributed
 import torch
 import torch.nn.functional as F
@@ -50,10 +49,8 @@ from tqdm import tqdm
 # ---- Coders ---------------------------------------------------------------------------------------------------------
 ARCHS = ("sae", "transcoder", "skip_transcoder")
 
-
 class Coder(nn.Module):
     """One sparse coder. Row j of W_enc [M, d] is what latent j reads, row j of W_dec [M, d] what it writes."""
-
     def __init__(self, arch: str, d: int, num_latents: int, k: int, seed: int = 0):
         super().__init__()
         self.arch, self.k = arch, k
@@ -67,7 +64,7 @@ class Coder(nn.Module):
         self.W_skip = nn.Parameter(torch.zeros(d, d)) if arch == "skip_transcoder" else None
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return y_hat [N, d], predicted from x or y [N, d], and acts, indices [N, k]: its latents and which they are."""
+        """Return y_hat [N, d], predicted from x or y [N, d]; and of the latents used the acts and indices, [N, k]."""
         read = y - self.b_dec if self.arch == "sae" else x  # never x - b_dec: b_dec is the mean of y
         pre, indices = TopKEncoder.apply(read, self.W_enc, self.b_enc, self.k)  # [N, d], [M, d] -> [N, k] each
         acts = pre.relu()
@@ -75,7 +72,6 @@ class Coder(nn.Module):
         if self.W_skip is not None:
             y_hat = y_hat + F.linear(x, self.W_skip)  # [N, d] @ [d, d] -> [N, d]
         return y_hat, acts, indices
-
 
 class TopKEncoder(torch.autograd.Function):
     """The k largest pre-activations of each token, and which latents they are, [N, k] each. It is these two lines:
@@ -107,7 +103,6 @@ class TopKEncoder(torch.autograd.Function):
             return None, grad_W, grad_b, None
         return F.embedding_bag(indices, W_enc, per_sample_weights=grad, mode="sum"), grad_W, grad_b, None
 
-
 def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """pre.topk(k) for pre [N, M], unsorted, in 0.6 of its time: the k largest are among the k best groups of 16."""
     groups = pre.unflatten(1, (math.gcd(pre.shape[1], 16), -1))  # [N, 16, n], a row's entries j, j + n, ... are group j
@@ -124,7 +119,6 @@ DATA = "pass a name on the hub, or a file or folder: .txt (UTF-8), .jsonl, .json
 SHUFFLE_ROWS = 2048  # pool that rows are drawn from: neighbours are alike, and mixing them lowers FVU by 15%
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of this process, under torchrun
 
-
 def documents(dataset: str, subset: str | None) -> datasets.IterableDataset:
     """Stream {"text"} from a data set on the Hugging Face hub, or from a local file or a folder of files."""
     path, streams, options = Path(dataset), [], {"split": "train", "streaming": True}
@@ -134,20 +128,16 @@ def documents(dataset: str, subset: str | None) -> datasets.IterableDataset:
             streams.append(datasets.load_dataset(kind, data_files=some, **options).select_columns(["text"]))
             if kind == "text":
                 streams[-1] = streams[-1].map(join, batched=True, batch_size=100, input_columns=["text"])
-    if not streams:
-        streams = [datasets.load_dataset(dataset, subset, **options).select_columns(["text"])]
+    streams = streams or [datasets.load_dataset(dataset, subset, **options).select_columns(["text"])]
     return datasets.concatenate_datasets(streams)
-
 
 def join(lines: list[str]) -> dict:
     """Each 100 lines of a .txt file, which may be a whole library, are a document."""
     return {"text": ["\n".join([*lines, ""])]}
 
-
 def in_split(text: str | None, held_out: bool) -> bool:
     """Held out for eval.py are texts whose checksum is divisible by 10: the same ones in any order, for any reader."""
     return text is not None and (zlib.crc32(text.encode()) % 10 == 0) == held_out
-
 
 def pack(texts: list[str], tokenizer, ctx_len: int) -> dict:
     """Join documents with EOS and cut them into full rows: no padding, and what is left of 100 documents is dropped."""
@@ -156,12 +146,9 @@ def pack(texts: list[str], tokenizer, ctx_len: int) -> dict:
     tokens = torch.tensor([token for document in ids for token in document + eos], dtype=torch.int64)
     return {"tokens": tokens[: len(tokens) // ctx_len * ctx_len].view(-1, ctx_len).numpy()}  # [rows, ctx_len]
 
-
 def token_batches(dataset: str, subset: str | None, tokenizer, ctx_len, rows, held_out=False, seed=None):
-    """Start processes that read and tokenise ahead, and return an iterator over batches of tokens [rows, ctx_len].
-
-    With a seed they come shuffled, for ever (in another order each time), in full batches, and each rank has its own.
-    """
+    """Start processes that read and tokenise ahead; return an iterator over batches of tokens [rows, ctx_len]. With a
+    seed they come shuffled, for ever (in another order each time), all full, and each rank has its own."""
     with blame(f"--dataset {dataset}", DATA):
         stream = documents(dataset, subset).filter(in_split, input_columns=["text"], fn_kwargs={"held_out": held_out})
         packing = {"batched": True, "batch_size": 100, "fn_kwargs": {"tokenizer": tokenizer, "ctx_len": ctx_len}}
@@ -190,20 +177,17 @@ def token_batches(dataset: str, subset: str | None, tokenizer, ctx_len, rows, he
 
     return batches()
 
-
 def leave_group(_reader: int):
     if hasattr(os, "setpgrp"):  # a signal to the whole group, such as Ctrl-C, is for the main process to act on
         os.setpgrp()
 
 
 # ---- Activations: x and y of one MLP --------------------------------------------------------------------------------
-
-
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16, in 1/2 to 1/9 of the time of float32 (a CPU with AMX does, too)."""
-    cuda = device.type == "cuda"
-    return torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16", False)
-
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 def load_lm(name: str, device: torch.device) -> nn.Module:
     config = transformers.AutoConfig.from_pretrained(name)
@@ -212,10 +196,8 @@ def load_lm(name: str, device: torch.device) -> nn.Module:
     dtype = torch.bfloat16 if fast_bfloat16(device) else torch.float32
     return transformers.AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype).eval().to(device)
 
-
 def find_mlp(lm: nn.Module, layer: int) -> tuple[str, nn.ModuleList, nn.Module]:
     """Return the hookpoint (the MLP's name under the base model, "h.6.mlp"), the list of blocks, and the MLP itself."""
-    # the first list is that of the blocks, in any decoder of transformers
     name, blocks = next(((n, m) for n, m in lm.base_model.named_modules() if isinstance(m, nn.ModuleList)), ("", []))
     if not 0 <= layer < len(blocks):
         sys.exit(f"error: --layer {layer}: the model has blocks 0 to {len(blocks) - 1}")
@@ -224,13 +206,11 @@ def find_mlp(lm: nn.Module, layer: int) -> tuple[str, nn.ModuleList, nn.Module]:
         sys.exit(f"error: --layer {layer}: {type(blocks[layer]).__name__} has no dense .mlp")
     return f"{name}.{layer}.mlp", blocks, mlp
 
-
 class MLPActivations:
     """Call it with tokens [rows, ctx_len] to get the MLP's input x and output y there, each [rows * (ctx_len - 1), d].
 
     Position 0 of each row is left out: LMs park attention there, with a huge norm that says nothing of the text.
     """
-
     def __init__(self, lm: nn.Module, mlp: nn.Module):
         self.lm = lm
         mlp.register_forward_hook(self.hook)
@@ -253,10 +233,8 @@ DEAD = 0.02  # a latent is dead once it was silent for this share of the tokens 
 WAKE = 0.03  # what a dead latent's bias gains a step, in s_z; without it up to a third of the latents die
 LOG_EVERY, SAVE_EVERY = 5, 300  # seconds: not each step, as reading a number off a GPU waits for all work given to it
 
-
 class Trainer:
     """A coder, its optimizer, how long each latent has been silent, and the FVU since the last report."""
-
     def __init__(self, coder: Coder, x: Tensor, y: Tensor, lr: float, dead_after: float):
         """x, y [N, d]: a first batch, which sets where the coder starts; `dead_after`: tokens of silence."""
         self.coder, self.lr, self.dead_after = coder, lr, dead_after
@@ -313,16 +291,14 @@ def train(args: argparse.Namespace):
     with blame(f"--expansion {args.expansion}", "lower it"):  # what does not fit into memory
         coders = {arch: Coder(arch, d, M, args.k, args.seed).to(args.device) for arch in args.arch}
         trainers = {name: Trainer(coder, x, y, args.lr, DEAD * args.tokens) for name, coder in coders.items()}
-
     step_tokens = args.batch_size * (args.ctx_len - 1)
     steps = math.ceil(args.tokens / step_tokens)
     config = vars(args) | {"hookpoint": hookpoint, "d": d, "num_latents": M, "tokens_trained": 0}
     config |= {key: Path(config[key]).resolve() for key in ("model", "dataset") if Path(config[key]).exists()}
     config["versions"] = {library.__name__: library.__version__ for library in (torch, transformers, datasets)}
     if RANK == 0:
-        print(f"coders   {', '.join(coders)}: M {M:,} latents, k {args.k}, saved to {args.out}")
-        print(f"mlp      {hookpoint} of {args.model}, d {d}, in {lm.dtype} on {args.device} x {WORLD}")
-        print(f"tokens   {steps * step_tokens:,} of {args.dataset}, {step_tokens:,} a step, lr {args.lr:.2g}")
+        print(f"{', '.join(coders)} at {hookpoint} of {args.model}: d {d}, M {M:,}, k {args.k}, {args.device} x {WORLD}")
+        print(f"{steps * step_tokens:,} tokens of {args.dataset} in steps of {step_tokens:,}, lr {args.lr:.2g}")
         write("--out", {args.out / "log.jsonl": ""})  # raises where it cannot be written
     bar = tqdm(total=steps * step_tokens, unit="tok", unit_scale=True, disable=RANK > 0)
     log, tokens, logged, done, logged_at, saved_at = "", 0, 0, False, time.monotonic(), time.monotonic()
@@ -364,7 +340,6 @@ def train(args: argparse.Namespace):
 # ---- Files ----------------------------------------------------------------------------------------------------------
 IN_FILES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}  # what EleutherAI's sparsify calls them
 
-
 def save_run(config: dict, coders: dict[str, Coder]):
     """Write config.json and, per coder, <name>/<hookpoint>/, a folder that EleutherAI's `sparsify` loads as it is."""
     files = {config["out"] / "config.json": json.dumps(config, indent=2, default=str) + "\n"}  # str: paths, the device
@@ -377,7 +352,6 @@ def save_run(config: dict, coders: dict[str, Coder]):
         files[folder / "sae.safetensors"] = {IN_FILES.get(n, n): p.cpu() for n, p in coder.state_dict().items()}
     write("--out", files)
 
-
 def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[dict, dict[str, Coder]]:
     """Return the config of a run directory and its coders by name. Ends the program if damaged."""
     with blame(f"RUN {run}", "pass a folder that skipcoder.py wrote, or train it again"):
@@ -388,7 +362,6 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[dict,
             coder.load_state_dict({name: tensors[IN_FILES.get(name, name)] for name in coder.state_dict()})
             coders[arch] = coder.to(device).requires_grad_(False)
         return config, coders
-
 
 def write(flag: str, files: dict[Path, str | dict[str, Tensor]]):
     """Write texts and tensors under temporary names, then rename all: each is replaced whole, on a full disk none."""
@@ -408,7 +381,6 @@ def write(flag: str, files: dict[Path, str | dict[str, Tensor]]):
 # ---- Flags ----------------------------------------------------------------------------------------------------------
 MODEL = "pass a name on the hub, with a connection to it, or a local folder, as tests/tiny_gpt2.py makes one"
 
-
 @contextmanager
 def blame(flag: str, fix: str):
     """Around what a user can get wrong: whatever is raised ends the program with one line of flag, message and fix."""
@@ -418,7 +390,6 @@ def blame(flag: str, fix: str):
         lines = str(error).strip().splitlines() or [type(error).__name__]
         line = lines[-1 if "Traceback" in str(error) else 0]  # what a reader process raises comes with its traceback
         sys.exit(f"error: {flag}: {line.rstrip('.')} ({fix})")
-
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The flags of either script, with numbers checked and the device tried; and what else both begin with."""
@@ -435,7 +406,6 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     transformers.logging.disable_progress_bar()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends at once, as long as there is nothing to save
     return args
-
 
 def main():
     parser = argparse.ArgumentParser(prog="skipcoder.py", description=__doc__.splitlines()[0])
@@ -473,7 +443,6 @@ def main():
     if (args.out / "config.json").exists() and not args.overwrite:
         sys.exit(f"error: --out {args.out} holds a run: pass --overwrite to replace it, or another --out")
     train(args)
-
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""What the tests share: a tiny trained GPT-2 with its text, a device, and a way to run the scripts as a user does."""
+"""What the tests share: a tiny trained GPT-2 with its text, a device, and ways to run the scripts as a user does."""
 
 import multiprocessing
 import os
@@ -9,15 +9,23 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+ALONE = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # of processes: the CPU and one thread
 
+import skipcoder  # noqa: E402  before torch
 import tiny_gpt2  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)  # the tensors are tiny: threads would wait for one another more than they would work
+
+
+@pytest.fixture(autouse=True)
+def no_bfloat16(monkeypatch):
+    """The numbers are those of float32, on any machine."""
+    monkeypatch.setattr(skipcoder, "fast_bfloat16", lambda device: False)
 
 
 @pytest.fixture(scope="session")
@@ -33,15 +41,14 @@ def tiny(tmp_path_factory) -> Path:
     return folder
 
 
-def run(script: str, *args, **env) -> subprocess.CompletedProcess:
-    """Run `python script args` in a process of its own, on the CPU and with one thread."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | env
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+def run(*command, **env) -> subprocess.CompletedProcess:
+    """Run `python command` in a process of its own."""
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, capture_output=True, text=True, env=ALONE | env, cwd=ROOT, timeout=120)
 
 
-def run_here(script, *args) -> int:
-    """Call main() of the module `script` with these arguments and return the exit code: no imports, which take 4 s."""
+def run_here(script, *args) -> int | str:
+    """Call main() of the module `script`: its exit code, or the message with which it ends. Saves seconds of imports."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with mock.patch.object(sys, "argv", [script.__name__, *map(str, args)]):
@@ -52,17 +59,23 @@ def run_here(script, *args) -> int:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for reader in multiprocessing.active_children():  # end with the process, or else 5 s after garbage collection
-            reader.terminate()
+        end_readers()
+
+
+def end_readers():
+    for reader in multiprocessing.active_children():  # they end with the process, or else 5 s after garbage collection
+        reader.terminate()
+
+
+def flags(tiny, out, *more) -> list[str]:
+    """Of a short training run of skipcoder.py; what is in `more` counts."""
+    base = f"--model {tiny} --dataset {tiny}/text.jsonl --layer 1 --expansion 8 --k 4 --batch-size 16 --tokens 6000"
+    return [*base.split(), "--out", str(out), *map(str, more)]
 
 
 @pytest.fixture(scope="session")
 def trained(tiny, tmp_path_factory) -> Path:
     """A run directory: all three coders, trained for a moment on layer 1 of the tiny model."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    done = run(
-        "skipcoder.py", "--model", tiny, "--dataset", tiny / "text.jsonl", "--layer", 1, "--expansion", 8, "--k", 4,
-        "--ctx-len", 32, "--tokens", 30_000, "--batch-size", 16, "--out", out,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert run_here(skipcoder, *flags(tiny, out, "--tokens", 30_000, "--device", "cpu")) == 0
     return out

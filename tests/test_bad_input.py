@@ -1,35 +1,31 @@
-"""Bad input: one clear line on stderr that names the flag and the fix, a non-zero exit, nothing lost."""
+"""Bad input: one line that names the flag and the fix, a non-zero exit, nothing written and nothing lost."""
 
 import gzip
 import json
 import shutil
 
 import pytest
-from conftest import run, run_here
+import tiny_gpt2
+from conftest import flags, run, run_here
 
 import eval as evaluation
 import skipcoder
 
 
 def fails(script, capfd, *args) -> str:
-    """The one line that the script prints on stderr before it exits with an error."""
-    code = run_here(script, *args)
-    out, err = capfd.readouterr()
-    lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]  # no bars
-    assert code != 0 and len(lines) == 1, err
-    assert lines[0].startswith(("skipcoder.py: error: ", "eval.py: error: "))
-    return lines[0]
+    """The one line with which the script ends, before which it writes nothing to stderr."""
+    message = run_here(script, *args)
+    lines = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if line.strip()]
+    assert not [line for line in lines if "%|" not in line]  # but progress bars
+    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message, message
+    return message
 
 
 @pytest.fixture
 def train_fails(capfd, tiny, tmp_path):
-    defaults = {"--model": tiny, "--dataset": tiny / "text.jsonl", "--layer": 1, "--expansion": 8, "--k": 4}
-    defaults |= {"--ctx-len": 32, "--tokens": 3000, "--batch-size": 16, "--out": tmp_path / "run"}
-
-    def train_fails(**changes):
-        flags = defaults | {"--" + name.replace("_", "-"): value for name, value in changes.items()}
-        line = fails(skipcoder, capfd, *[a for f, v in flags.items() if v is not None for a in (f, v)])
-        assert not (tmp_path / "run" / "config.json").exists()
+    def train_fails(*changes):
+        line = fails(skipcoder, capfd, *flags(tiny, tmp_path / "run", *changes))
+        assert not (tmp_path / "run").exists()
         return line
 
     return train_fails
@@ -38,96 +34,98 @@ def train_fails(capfd, tiny, tmp_path):
 @pytest.mark.parametrize(
     "flag, value, says",
     [
-        ("layer", None, "required"),
         ("layer", "six", "invalid int"),
         ("layer", -1, "blocks 0 to 2"),
         ("layer", 3, "blocks 0 to 2"),
         ("model", "no-such-model", "tiny_gpt2.py"),
-        ("dataset", "no-such-data", "local file or folder"),
-        ("k", 0, "at least 1"),
-        ("k", -4, "at least 1"),
-        ("k", "nan", "at least 1"),
+        ("dataset", "no-such-data", "file or folder"),
+        ("dataset", "no-such-data.jsonl", "Unable to find"),
+        ("k", 0, "above 0"),
+        ("k", -4, "above 0"),
+        ("k", "nan", "invalid int"),
         ("k", 257, "256 latents"),
-        ("k", 1.5, "at least 1"),
-        ("expansion", 0, "at least 1"),
-        ("expansion", "1e12", "memory"),
-        ("tokens", 0, "at least 1"),
-        ("tokens", "inf", "at least 1"),
-        ("tokens", "many", "many"),
-        ("ctx_len", 0, "at least 1"),
-        ("ctx_len", 2, "at least 3"),
-        ("ctx_len", 33, "at most 32"),
-        ("batch_size", 0, "at least 1"),
-        ("batch_size", 100_000, "too little text"),
+        ("k", 1.5, "invalid int"),
+        ("expansion", 0, "above 0"),
+        ("expansion", 10**12, "lower it"),
+        ("tokens", 0, "above 0"),
+        ("tokens", "inf", "above 0"),
+        ("tokens", "many", "invalid float"),
+        ("ctx-len", 0, "above 0"),
+        ("ctx-len", 2, "at least 3"),
+        ("ctx-len", 33, "at most 32"),
+        ("batch-size", 0, "above 0"),
+        ("batch-size", 100_000, "too little text"),
         ("lr", 0, "above 0"),
         ("lr", -1e-3, "above 0"),
         ("lr", "nan", "above 0"),
-        ("auxk_alpha", -1, "above 0"),
-        ("device", "cuda:99", "--device"),
+        ("device", "cuda:99", "use cpu"),
         ("device", "abacus", "use cpu"),
         ("arch", "vae", "sae"),
+        ("auxk-alpha", 1, "unrecognized"),
     ],
 )
 def test_flags(train_fails, flag, value, says):
-    line = train_fails(**{flag: value})
-    assert "--" + flag.replace("_", "-") in line and says in line
+    line = train_fails(f"--{flag}", value)
+    # a batch that is too large for the text is the text's fault
+    assert ("--dataset" if says == "too little text" else f"--{flag}") in line and says in line
 
 
 def test_model_that_is_no_model(train_fails, tiny, tmp_path):
-    assert "is a file" in train_fails(model=tiny / "config.json")
     (tmp_path / "empty").mkdir()
-    assert "--model" in train_fails(model=tmp_path / "empty")
     torn = shutil.copytree(tiny, tmp_path / "torn")
     (torn / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:1000])
-    assert "--model" in train_fails(model=torn)
+    for model in (tiny / "config.json", tmp_path / "empty", torn):
+        assert f"--model {model}: " in train_fails("--model", model)
 
 
-def data(tmp_path, name, content: bytes):
-    (tmp_path / name).write_bytes(content)
-    return tmp_path / name
+LONG = json.dumps({"text": "many words of it " * 400}).encode()
 
 
 @pytest.mark.parametrize(
     "name, content, says",
     [
-        ("empty.txt", b"", "empty"),
-        ("empty.jsonl", b"", "empty"),
+        ("empty.txt", b"", ""),
+        ("empty.jsonl", b"", ""),
         ("short.txt", b"few words", "too little text"),
-        ("column.jsonl", b'{"body": "words"}\n' * 100, "body"),
-        ("number.jsonl", b'{"text": 7}\n' * 100, "text"),
-        ("broken.jsonl", b'{"text": "words"}\n{"text": "wor', "JSON"),
-        ("broken.parquet", b"PAR1 and no more", "Parquet"),
-        ("torn.jsonl.gz", gzip.compress(json.dumps({"text": "words" * 1000}).encode())[:40], "ended before"),
+        ("latin.txt", "ein schöner Tag\n".encode("latin-1") * 900, "utf-8"),
+        ("column.jsonl", b'{"body": "words"}\n' * 100, "text"),
+        ("number.jsonl", b'{"text": 7}\n' * 100, ""),
+        ("broken.jsonl", b'{"text": "words"}\n{"text": "wor', ""),
+        ("broken.parquet", b"PAR1 and no more", "arquet"),
+        ("torn.jsonl.gz", gzip.compress(LONG)[:40], ""),
         ("words.docx", b"words", ".parquet"),
     ],
 )
 def test_data(train_fails, tmp_path, name, content, says):
-    line = train_fails(dataset=data(tmp_path, name, content))
-    assert "--dataset" in line and name in line and says in line
+    (tmp_path / name).write_bytes(content)
+    line = train_fails("--dataset", tmp_path / name)
+    assert f"--dataset {tmp_path / name}: " in line and says in line
 
 
 def test_folder_without_data(train_fails, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "--dataset" in train_fails(dataset=tmp_path / "empty")
+    assert "--dataset" in train_fails("--dataset", tmp_path / "empty")
 
 
 def test_out(train_fails, tmp_path):
     (tmp_path / "file").write_text("mine")
-    assert "--out" in train_fails(out=tmp_path / "file")
-    assert "--out" in train_fails(out="/proc/run")  # not even root can write there
+    assert "--out" in train_fails("--out", tmp_path / "file")
+    assert "--out" in train_fails("--out", "/proc/run")  # not even root can write there
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_hub_out_of_reach(tiny, tmp_path):
-    """As a user meets it, in a process of its own: offline, the last line says how to go on without the network."""
-    done = run("skipcoder.py", "--layer", 1, "--model", "no/such", "--out", tmp_path / "run", HF_HOME=str(tmp_path))
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "--model no/such" in done.stderr and "--dataset" in done.stderr and "tests/tiny_gpt2.py" in done.stderr
-    train = f"--layer 1 --model {tiny} --ctx-len 32 --out {tmp_path}/run".split()
-    done = run("skipcoder.py", *train, HF_HOME=str(tmp_path))
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "--dataset HuggingFaceFW/fineweb" in done.stderr and "local file or folder" in done.stderr
-    assert "tests/tiny_gpt2.py" in done.stderr
+def test_as_a_user_meets_it(tiny, tmp_path):
+    """In a process of its own: one line on stderr and exit code 1; offline, it says how to go on without the hub."""
+    hub = ["--model", "no/such", "--layer", 1]
+    default = ["--model", tiny, "--layer", 1]
+    for args, says in (
+        (hub, ["--model no/such", "local folder", "tests/tiny_gpt2.py"]),
+        (default, ["--dataset HuggingFaceFW/fineweb", "a file or folder"]),
+        (["--model", tiny], ["--layer"]),
+    ):
+        done = run("skipcoder.py", *args, "--out", tmp_path / "run", HF_HOME=str(tmp_path))
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.stderr.startswith("error: ") and all(words in done.stderr for words in says), done.stderr
 
 
 @pytest.fixture
@@ -141,57 +139,47 @@ def copy(trained, tmp_path):
 
 
 def test_eval_flags(eval_fails, trained, tmp_path):
-    assert "--tokens" in eval_fails(trained, "--tokens", 0)
-    assert "--latents" in eval_fails(trained, "--latents", 0)
-    assert "--json" in eval_fails(trained, "--json", tmp_path)
-    assert "--html" in eval_fails(trained, "--html", "/proc/page.html")
-    assert "--device" in eval_fails(trained, "--device", "abacus")
-
-
-def test_eval_too_little_text(eval_fails, trained, tmp_path):
-    """The first document is held out, so that a data set of one leaves none for the baselines."""
-    text = tmp_path / "text.jsonl"
-    text.write_text(json.dumps({"text": "no more than this. " * 200}) + "\n")
-    assert "training documents" in eval_fails(trained, "--dataset", text)
-    text.write_text('{"text": "short"}\n' + json.dumps({"text": "no more than this. " * 200}) + "\n")
-    assert "held out" in eval_fails(trained, "--dataset", text)
+    for flag, value in (
+        ("--tokens", 0), ("--latents", 0), ("--json", tmp_path), ("--html", "/proc/page.html"), ("--device", "abacus"),
+        ("--dataset", "no-such-data"),
+    ):  # fmt: skip
+        assert flag in eval_fails(trained, flag, value)
 
 
 def test_eval_runs_that_are_none(eval_fails, copy, tmp_path):
-    assert "no run is there" in eval_fails(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    assert "no run is there" in eval_fails(tmp_path / "empty")
+    for folder in (tmp_path / "nothing", tmp_path / "empty"):
+        line = eval_fails(folder)
+        assert f"RUN {folder}: " in line and "pass a folder that skipcoder.py wrote" in line
     tensors = copy / "transcoder/h.1.mlp/sae.safetensors"
     whole = tensors.read_bytes()
     for content in (whole[:1000], whole[:-1000], b""):
         tensors.write_bytes(content)
-        assert "transcoder/h.1.mlp" in eval_fails(copy)
+        assert f"RUN {copy}: " in eval_fails(copy)
     tensors.unlink()
     assert "transcoder/h.1.mlp" in eval_fails(copy)
-    (copy / "config.json").write_text('{"arch": ["sae"')
-    assert "config.json" in eval_fails(copy)
-    (copy / "config.json").write_text("[]")
-    assert "config.json" in eval_fails(copy)
+    for content in ('{"arch": ["sae"', "[]", "{}"):
+        (copy / "config.json").write_text(content)
+        assert f"RUN {copy}: " in eval_fails(copy)
 
 
-def change(copy, **values):
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | values))
-
-
-def test_eval_model_gone_or_changed(eval_fails, copy, tiny, tmp_path):
-    wide = shutil.copytree(tiny, tmp_path / "wide")
-    import tiny_gpt2
-
+def test_eval_model_gone_or_changed(eval_fails, copy, tmp_path):
+    wide, config = tmp_path / "wide", json.loads((copy / "config.json").read_text())
     tiny_gpt2.make(wide, vocab_size=512, layers=2, d=16, heads=2, ctx_len=32, steps=2, max_documents=100)
-    change(copy, model=str(wide))
+    (copy / "config.json").write_text(json.dumps(config | {"model": str(wide)}))
     assert "16 wide" in eval_fails(copy, "--tokens", 2000)
-    change(copy, model=str(tmp_path / "gone"))
-    assert "gone" in eval_fails(copy) and "RUN" in eval_fails(copy)
+    (copy / "config.json").write_text(json.dumps(config | {"model": str(tmp_path / "gone")}))
+    line = eval_fails(copy)
+    assert "RUN" in line and f"{tmp_path}/gone" in line
 
 
 def test_eval_data(eval_fails, trained, tmp_path):
-    few = "".join(json.dumps({"text": "many words " * 200 if i % 10 else "few"}) + "\n" for i in range(30))
-    assert "held out" in eval_fails(trained, "--dataset", data(tmp_path, "few.jsonl", few.encode()))
-    assert "empty" in eval_fails(trained, "--dataset", data(tmp_path, "empty.jsonl", b""))
-    assert "text" in eval_fails(trained, "--dataset", data(tmp_path, "none.jsonl", b'{"body": "words"}\n' * 100))
+    """Of either side of the split there has to be a row."""
+    texts = [f"{i} and many words " * 40 for i in range(60)]
+    sides = {side: [text for text in texts if skipcoder.in_split(text, side)] for side in (True, False)}
+    for name, kept, says in (("a", sides[True], "training documents"), ("b", sides[False], "held-out documents")):
+        (tmp_path / name).with_suffix(".txt.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in kept))
+        line = eval_fails(trained, "--dataset", tmp_path / f"{name}.txt.jsonl", "--tokens", 100)
+        assert "--dataset" in line and says in line
+    (tmp_path / "none.jsonl").write_bytes(b'{"body": "words"}\n' * 100)
+    assert "text" in eval_fails(trained, "--dataset", tmp_path / "none.jsonl")

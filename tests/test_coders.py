@@ -1,9 +1,9 @@
-"""The coders' numbers and gradients, against dense autograd in float64."""
+"""The coders' numbers and gradients against dense autograd in float64, and what a training step does."""
 
 import pytest
 import torch
 
-from skipcoder import ARCHS, Coder, Trainer, mean_and_variance, topk
+from skipcoder import ARCHS, WAKE, Coder, Trainer, topk
 
 N, d, M, k = 24, 8, 40, 5
 
@@ -12,59 +12,48 @@ def make(arch: str, device) -> tuple[Coder, torch.Tensor, torch.Tensor]:
     """A coder in float64 in which every parameter is random, and x, y [N, d]."""
     generator = torch.Generator().manual_seed(0)
     coder = Coder(arch, d, M, k).double().to(device)
-    coder.matmul_dtype = torch.float64
     for p in coder.parameters():
         p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(device)
     return coder, *torch.randn(2, N, d, generator=generator, dtype=torch.float64).to(device)
 
 
-def dense_forward(coder: Coder, x, y, latents=None, k=k):
-    """The equations of the docstring, written out with dense tensors; `latents` restricts TopK to some of them."""
-    W_enc, b_enc, W_dec = coder.encoder.weight, coder.encoder.bias, coder.W_dec
-    pre = ((y - coder.b_dec) if coder.arch == "sae" else x) @ W_enc.T + b_enc  # [N, M]
-    if latents is not None:
-        pre = torch.where(torch.isin(torch.arange(M, device=x.device), latents), pre, -torch.inf)
+def dense_forward(coder: Coder, x, y):
+    """y_hat [N, d] and z [N, M]: the equations of the docstring, written out with dense tensors."""
+    pre = ((y - coder.b_dec) if coder.arch == "sae" else x) @ coder.W_enc.T + coder.b_enc  # [N, M]
     kept = torch.zeros_like(pre, dtype=torch.bool).scatter(1, pre.topk(k).indices, True)
     z = torch.where(kept, pre, 0).relu()
-    return z @ W_dec, z
+    return z @ coder.W_dec + coder.b_dec + (x @ coder.W_skip.T if coder.arch == "skip_transcoder" else 0), z
 
 
+@pytest.mark.parametrize("l1", [0, 0.1])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_forward_and_gradients_equal_dense_autograd(arch, device):
+def test_forward_and_gradients_equal_dense_autograd(arch, l1, device):
+    """Also of a penalty on acts, and of what the coder reads."""
     coder, x, y = make(arch, device)
-    target = torch.randn_like(y)
-    dense, z = dense_forward(coder, x, y)
-    dense = dense + coder.b_dec + (x @ coder.W_skip.T if arch == "skip_transcoder" else 0)
-    expected = torch.autograd.grad((dense - target).square().sum(), list(coder.parameters()))
-
+    names, inputs = zip(*coder.named_parameters(), ("x", x.requires_grad_()), ("y", y.requires_grad_()))
+    y_hat_dense, z = dense_forward(coder, x, y)
     y_hat, acts, indices = coder(x, y)
-    gradients = torch.autograd.grad((y_hat - target).square().sum(), list(coder.parameters()))
-    torch.testing.assert_close(y_hat, dense)
+    torch.testing.assert_close(y_hat, y_hat_dense)
     torch.testing.assert_close(torch.zeros_like(z).scatter(1, indices, acts), z)
-    for (name, _), gradient, dense_gradient in zip(coder.named_parameters(), gradients, expected):
-        torch.testing.assert_close(gradient, dense_gradient, msg=lambda m: f"{name}: {m}")
+    losses = [(prediction - y).square().sum() + l1 * a.sum() for prediction, a in ((y_hat, acts), (y_hat_dense, z))]
+    gradients, expected = (torch.autograd.grad(loss, inputs, allow_unused=True) for loss in losses)
+    for name, gradient, dense_gradient in zip(names, gradients, expected):
+        torch.testing.assert_close(gradient, dense_gradient, msg=lambda message: f"{name}: {message}")
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_auxk_gradients_equal_dense_autograd(arch, device):
-    coder, x, y = make(arch, device)
-    dead = torch.tensor([1, 4, 9, 16, 25, 36], device=device)
-    error = torch.randn_like(y)
-    k_aux = d // 2
-    parameters = [coder.encoder.weight, coder.encoder.bias, coder.W_dec, coder.b_dec]
-    dense, _ = dense_forward(coder, x, y, dead, k_aux)
-    expected = torch.autograd.grad((error - dense).square().sum(), parameters, allow_unused=True)
-
-    trainer = Trainer.__new__(Trainer)
-    trainer.coder = coder
-    loss = trainer.auxk_loss(x, y, error, dead)
-    torch.testing.assert_close(loss, (error - dense).square().sum())
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    for gradient, dense_gradient in zip(gradients, expected):
-        if dense_gradient is None:  # b_dec is no part of AuxK's prediction; only the autoencoder's input depends on it
-            assert gradient is None
-        else:
-            torch.testing.assert_close(gradient, dense_gradient)
+def test_bfloat16_is_for_the_dense_matmuls_alone(device):
+    """Under autocast all results and gradients are float32, and close to those in float64."""
+    coder, x, y = make("skip_transcoder", device)
+    single = Coder("skip_transcoder", d, M, k).to(device)
+    single.load_state_dict({name: p.float() for name, p in coder.state_dict().items()})
+    (coder(x, y)[0] - y).square().sum().backward()
+    with torch.autocast(device.type, torch.bfloat16):
+        y_hat, acts, _ = single(x.float(), y.float())
+    assert acts.dtype == torch.float32
+    (y_hat - y).square().sum().backward()
+    for p, q in zip(coder.parameters(), single.parameters()):
+        assert q.grad.dtype == torch.float32
+        assert (p.grad - q.grad).norm() < 0.1 * p.grad.norm()
 
 
 @pytest.mark.parametrize("M, k", [(40, 5), (17, 17), (96, 40), (1024, 32), (16, 1)])
@@ -76,58 +65,101 @@ def test_topk_equals_that_of_torch(M, k, device):
         assert all(len(set(row)) == k for row in indices.tolist())
 
 
-def test_float32_gradients_are_not_off(device):
-    """The path that training takes: fp32 weights and sums, whatever the dtype of the dense matmul."""
-    coder, x, y = make("transcoder", device)
-    single = Coder("transcoder", d, M, k).to(device)
-    single.load_state_dict({name: p.float() for name, p in coder.state_dict().items()})
-    for c, dtype in ((coder, torch.float64), (single, torch.float32)):
-        (c(x.to(dtype), y.to(dtype)).y_hat - y.to(dtype)).square().sum().backward()
-    for p, q in zip(coder.parameters(), single.parameters()):
-        assert q.grad.dtype == torch.float32
-        torch.testing.assert_close(q.grad.double(), p.grad, rtol=1e-3, atol=1e-3)
+def make_data(device, scale_x=1.0, scale_y=1.0):
+    """x, y [2000, d] that are not centred, where y is a smooth function of x."""
+    torch.manual_seed(0)
+    x = torch.randn(2000, d, device=device)
+    y = torch.tanh(x @ torch.randn(d, d, device=device)) + 0.5
+    return (x + 3) * scale_x, y * scale_y
+
+
+def root_mean_square(a):
+    return (a - a.mean(0)).square().mean().sqrt().item()
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_start(arch, device):
     """Transcoders start as the constant mean of y (FVU 1), the autoencoder with W_dec = W_enc of unit rows."""
-    x, y = torch.randn(2, 500, d, device=device) * 7 + 3
+    x, y = make_data(device, 7, 5)
     coder = Coder(arch, d, M, k).to(device)
-    Trainer(coder, x, y, 1e-3, 0, 1000)
-    y_hat = coder(x, y).y_hat
-    _, variance = mean_and_variance(y)
-    fvu = ((y - y_hat).square().sum() / variance).item()
+    Trainer(coder, x, y, 1e-3, 1000)
+    torch.testing.assert_close(coder.b_dec.data, y.mean(0))
+    torch.testing.assert_close(coder.W_enc.norm(dim=1), torch.ones(M, device=device))
     if arch == "sae":
-        torch.testing.assert_close(coder.W_dec, coder.encoder.weight)
-        torch.testing.assert_close(coder.W_dec.norm(dim=1), torch.ones(M, device=device))
-        assert fvu != pytest.approx(1)
+        assert torch.equal(coder.W_dec, coder.W_enc) and not coder.b_enc.any()
     else:
-        assert fvu == pytest.approx(1, abs=1e-4)
+        torch.testing.assert_close(coder.b_enc.data, -coder.W_enc.data @ x.mean(0))
+        torch.testing.assert_close(coder(x, y)[0], y.mean(0).expand_as(y))
+    assert torch.equal(coder.W_enc, Coder("sae", d, M, k).to(device).W_enc)  # one seed, one start
 
 
-def test_steps(device):
-    """Training lowers the loss whatever the scale of x and y, keeps the autoencoder's rows unit, counts silence."""
-    torch.manual_seed(0)
-    x = torch.randn(2000, d, device=device)
-    y = torch.tanh(x @ torch.randn(d, d, device=device)) + 0.5
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_first_step_of_each_parameter_is_lr_in_its_own_units(arch, device):
+    x, y = make_data(device, 7, 50)
+    coder = Coder(arch, d, M, k).to(device)
+    trainer = Trainer(coder, x, y, 1e-3, 1e9)
+    before = {name: p.detach().clone() for name, p in coder.named_parameters()}
+    trainer.step(x, y + 60, 0.5)  # not around the mean, where b_dec has no gradient
+    s_x, s_y = root_mean_square(x), root_mean_square(y)
+    s_z = s_y if arch == "sae" else s_x
+    units = {"W_enc": 1, "b_enc": s_z, "W_dec": s_y / s_z, "b_dec": s_y, "W_skip": s_y / s_x}
+    for name, p in coder.named_parameters():
+        moved = (p - before[name]).abs().max().item()
+        # a transcoder's encoder has no gradient before W_dec has moved, and the rows of an autoencoder's are normalised
+        if (arch, name) not in {("sae", "W_dec"), *((a, n) for a in ARCHS[1:] for n in ("W_enc", "b_enc"))}:
+            assert moved == pytest.approx(0.5e-3 * units[name], rel=0.05), name
+
+
+def test_training_lowers_the_loss_whatever_the_scale(device):
     reached = {}
-    for scale in (1, 1000):
+    for scale in ((1, 1), (1000, 0.1)):
+        x, y = make_data(device, *scale)
         for arch in ARCHS:
             coder = Coder(arch, d, M, k).to(device)
-            trainer = Trainer(coder, x, y * scale, 1e-2, 1 / 32, dead_after=4000)
-            _, variance = mean_and_variance(y * scale)
+            trainer = Trainer(coder, x, y, 1e-2, dead_after=4000)
             for _ in range(150):
-                trainer.squared_error.zero_()
-                trainer.step(x, y * scale, variance, 1)
-            reached[arch, scale] = (trainer.squared_error / variance).item()
-            assert reached[arch, scale] < 0.2
+                trainer.sums.zero_()
+                trainer.step(x, y, 1)
+            assert trainer.sums[1].item() == pytest.approx((y - y.mean(0)).square().sum().item())
+            reached[arch, scale] = (trainer.sums[0] / trainer.sums[1]).item()
+            assert reached[arch, scale] < 0.25
+            assert reached[arch, scale] == pytest.approx(reached[arch, (1, 1)], rel=0.05)
             if arch == "sae":
                 torch.testing.assert_close(coder.W_dec.data.norm(dim=1), torch.ones(M, device=device))
-            active = torch.zeros(M, dtype=torch.bool, device=device)
-            out = coder(x, y * scale)
-            active[out.indices[out.acts > 0]] = True
-            assert (trainer.silent[~active] > 0).all()
         assert reached["skip_transcoder", scale] < reached["transcoder", scale]
-    torch.testing.assert_close(coder.W_dec.norm(dim=1).isfinite().all().item(), True)
-    for arch in ARCHS:  # a step is in the parameter's own units, so the scale of y makes no difference
-        assert reached[arch, 1] == pytest.approx(reached[arch, 1000], rel=0.05)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_silence_is_counted_in_tokens(arch, device):
+    x, y = make_data(device)
+    trainer = Trainer(coder := Coder(arch, d, M, k).to(device), x, y, 1e-2, dead_after=1e9)
+    expected = torch.zeros(M, dtype=torch.int64, device=device)
+    for part in torch.arange(2000, device=device).split(20)[:30]:
+        _, z = dense_forward(coder, x[part], y[part])
+        expected = torch.where((z > 0).any(0), 0, expected + 20)
+        trainer.step(x[part], y[part], 1)
+        assert torch.equal(trainer.silent, expected)
+    assert expected.any()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_dead_latent_has_its_bias_raised_until_it_fires(arch, device):
+    """By WAKE s_z lr_factor a step, once it was silent for `dead_after` tokens; nothing else moves, as lr is 0."""
+    x, y = make_data(device, 3, 0.2)
+    trainer = Trainer(coder := Coder(arch, d, M, k).to(device), x, y, 0.0, dead_after=4000)
+    s_z, dead = root_mean_square(y if arch == "sae" else x), 7
+    coder.b_enc.data[dead] -= 10 * s_z
+    start = coder.b_enc.data.clone()
+    for _ in range(12):  # two steps of silence, ten of rising
+        trainer.step(x, y, 0.5)
+    gain = coder.b_enc.data - start
+    assert gain[dead].item() == pytest.approx(10 * WAKE * s_z * 0.5, rel=1e-3)
+    assert not gain[trainer.silent == 0].any() and (trainer.silent == 0).any()
+    steps = 0
+    while trainer.silent[dead] > 0:
+        trainer.step(x, y, 1)
+        steps += 1
+        assert steps < 400
+    fired = coder.b_enc[dead].item()
+    trainer.step(x, y, 1)
+    assert coder.b_enc[dead].item() == fired > start[dead].item()

@@ -1,133 +1,165 @@
-"""Reading, tokenising, packing and splitting."""
+"""Reading, splitting, tokenising, packing and shuffling."""
 
 import gzip
 import json
-import subprocess
-import sys
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from conftest import ROOT
+from conftest import ROOT, end_readers, run
 from transformers import AutoTokenizer
 
 import skipcoder
-from skipcoder import InputError, TokenBatches, documents, read_ahead
+from skipcoder import documents, in_split, token_batches
 
-TEXTS = [f"document number {i}: " + "some words of it " * (i % 7) for i in range(60)]
+TEXTS = [f"{i} is the number of this document: " + "some words of it " * (i % 7) for i in range(60)]
 
 
 @pytest.fixture
 def tokenizer(tiny):
-    return AutoTokenizer.from_pretrained(tiny)
+    yield AutoTokenizer.from_pretrained(tiny)
+    end_readers()
+
+
+@pytest.fixture(autouse=True)
+def no_sleep(monkeypatch):
+    """Once `datasets` has read a parquet file it sleeps for seconds, for which the end of a reader would wait."""
+    monkeypatch.setattr(skipcoder.datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+
+
+class Numbers:
+    """A tokenizer by which the document "7 ..." is the token 7: with an EOS it fills a row of two tokens."""
+
+    eos_token_id = 999
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [[int(text.split()[0])] for text in texts]}
 
 
 def write(path, texts=TEXTS):
     """Write the texts in the format that the name asks for."""
-    name = path.name
-    if name.endswith(".parquet"):
+    if path.suffix == ".parquet":
         pq.write_table(pa.table({"text": texts}), path, row_group_size=7)
-    elif ".txt" in name:
-        content = "".join(texts).encode()
-        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    else:
-        lines = (
-            json.dumps([{"text": t} for t in texts])
-            if ".json" == path.with_suffix("").suffix + path.suffix
-            else "\n".join(json.dumps({"text": t}) for t in texts)
-        )
-        path.write_bytes(gzip.compress(lines.encode()) if name.endswith(".gz") else lines.encode())
+        return path
+    rows = [{"text": text} for text in texts]
+    content = "".join(texts) if ".txt" in path.name else "\n".join(map(json.dumps, rows))
+    content = (json.dumps(rows) if path.suffix == ".json" else content).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
+
+
+def read(path) -> list[str]:
+    return [document["text"] for document in documents(str(path), None)]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.parquet"])
 def test_formats_give_every_document_in_order(tmp_path, name):
-    assert list(documents(str(write(tmp_path / name)), None)) == TEXTS
+    assert read(write(tmp_path / name)) == TEXTS
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
-def test_text_files_are_cut_into_documents_and_nothing_is_lost(tmp_path, name):
-    lines = [f"line {i} of a long book\n" for i in range(3000)]
-    pieces = list(documents(str(write(tmp_path / name, lines)), None))
+def test_text_files_are_cut_into_documents_of_100_lines_and_nothing_is_lost(tmp_path, name):
+    lines = [f"line {i} of a long book\n" if i % 3 else "\n" for i in range(1234)]
+    pieces = read(write(tmp_path / name, lines))
     assert "".join(pieces) == "".join(lines)
-    assert len(pieces) > 3 and all(10_000 <= len(piece) < 10_100 for piece in pieces[:-1])
+    assert [piece.count("\n") for piece in pieces] == [100] * 12 + [34]
 
 
-def test_folder_reads_its_files_in_order_of_name(tmp_path):
+def test_folder_of_mixed_kinds(tmp_path):
     (tmp_path / "sub").mkdir()
     write(tmp_path / "sub" / "b.jsonl.gz", TEXTS[20:40])
     write(tmp_path / "a.parquet", TEXTS[:20])
     write(tmp_path / "sub" / "c.json", TEXTS[40:])
+    write(tmp_path / "d.txt", ["a line\n"])
     (tmp_path / "README.md").write_text("not data")
-    assert list(documents(str(tmp_path), None)) == TEXTS
+    assert sorted(read(tmp_path)) == sorted([*TEXTS, "a line\n"])
 
 
-def rows_of(data) -> list[list[int]]:
-    return [row for batch in data for row in batch.tolist()]
+def numbers(path, rows=1, n=None, **options) -> list[int]:
+    """The documents in order of their rows: n of them, or all."""
+    batches = token_batches(str(path), None, Numbers(), 2, rows, **options)
+    found = []
+    while (n is None or len(found) < n) and (batch := next(batches, None)) is not None:
+        assert (batch[:, 1] == Numbers.eos_token_id).all()
+        found += batch[:, 0].tolist()
+    end_readers()
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("files, readers, world", [(3, 1, 1), (3, 3, 1), (3, 1, 2), (4, 1, 2)])
+def test_the_sides_of_the_split_are_disjoint_and_complete(tmp_path, monkeypatch, capsys, files, readers, world):
+    """For any number of files, readers and processes, and also when the data is read again, in another order."""
+    texts = [f"{i} is the number" for i in range(120)]
+    for i in range(files):
+        write(tmp_path / f"{i}.parquet", texts[i::files])
+    monkeypatch.setattr(skipcoder.os, "cpu_count", lambda: (readers + 1) * world)
+    training, held_out = ([i for i, text in enumerate(texts) if in_split(text, side)] for side in (False, True))
+    assert 5 < len(held_out) < 20 and sorted(training + held_out) == list(range(120))
+    assert sorted(numbers(tmp_path, rows=7, held_out=True)) == held_out
+
+    monkeypatch.setattr(skipcoder, "WORLD", world)
+    epochs, n = ([], []), None
+    for rank in range(world):
+        monkeypatch.setattr(skipcoder, "RANK", rank)
+        found = numbers(tmp_path, n=2 * len(training) // world, seed=0)
+        if rank == 0:  # it says how much it reads an epoch, times the number of processes
+            n = int(re.search(r"it has (\d+) tokens", capsys.readouterr().out)[1]) // (2 * world)
+        n_here = n if rank == 0 else len(training) - n
+        epochs[0].extend(found[:n_here])
+        epochs[1].extend(found[n_here:] if world == 1 else [])
+    assert sorted(epochs[0]) == training
+    assert world > 1 or epochs[0] != epochs[1] and sorted(epochs[1]) == training
+
+
+def test_the_split_is_the_same_in_every_format_and_skips_nulls(tmp_path):
+    held_out = [i for i, text in enumerate(TEXTS) if in_split(text, True)]
+    for name in ("a.jsonl", "a.json", "a.parquet"):
+        path = write(tmp_path / name, [None, *TEXTS[:30], None, *TEXTS[30:]])
+        assert numbers(path, rows=4, held_out=True) == held_out
+    assert in_split("a", True) == (0xE8B7BE43 % 10 == 0)  # CRC-32 of "a"
+    assert not in_split(None, True) and not in_split(None, False)
 
 
 def test_rows_are_full_and_join_documents_with_eos(tmp_path, tokenizer):
-    """The rows of held-out documents, in order, are the tokens of every 10th document with an EOS after each."""
     path = write(tmp_path / "a.jsonl")
-    rows = rows_of(TokenBatches(str(path), None, tokenizer, 8, 4, held_out=True, once=True))
-    expected = [t for text in TEXTS[::10] for t in tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]]
-    assert [t for row in rows for t in row] == expected[: len(expected) // 8 * 8]
+    batches = list(token_batches(str(path), None, tokenizer, 8, 4, held_out=True))
+    rows = [row for batch in batches for row in batch.tolist()]
+    texts = [text for text in TEXTS if in_split(text, True)]
+    expected = [token for text in texts for token in tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]]
+    assert len(rows) > 5 and sum(rows, []) == expected[: len(expected) // 8 * 8]
 
 
-def test_training_never_sees_held_out_documents_and_repeats(tmp_path, tokenizer, monkeypatch):
-    """One pass gives each row of the other documents once, in another order for another seed; then it starts anew."""
+def test_rows_are_shuffled_in_another_order_for_another_seed(tmp_path):
     path = write(tmp_path / "a.jsonl")
-    kept = [text for i, text in enumerate(TEXTS) if i % 10]
-    tokens = [t for text in kept for t in tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]]
-    expected = [tokens[i : i + 8] for i in range(0, len(tokens) - 7, 8)]
-    assert len(expected) > 50
-    orders = []
-    for pool, seed in ((1024, 0), (16, 0), (16, 1)):
-        monkeypatch.setattr(skipcoder, "SHUFFLE_ROWS", pool)
-        stream, rows, note = iter(TokenBatches(str(path), None, tokenizer, 8, 1, seed=seed)), [], None
-        while not isinstance(note := next(stream), str):
-            rows += note.tolist()
-        assert "repeated" in note and f"{len(expected) * 8:,} tokens" in note
-        assert sorted(rows) == sorted(expected)
-        orders.append(rows)
-        again = [next(stream) for _ in range(len(expected) + 3)]  # the second pass, and no second note
-        assert sorted(row for batch in again[: len(expected)] for row in batch.tolist()) == sorted(expected)
-        assert all(isinstance(item, torch.Tensor) for item in again)
-    assert expected not in orders and orders[1] != orders[2]
+    first, again, other = (numbers(path, n=50, seed=seed) for seed in (0, 0, 1))
+    assert first == again != other and first != sorted(first)
 
 
-def test_ranks_share_the_documents(tmp_path, tokenizer):
+def test_batches_are_full_and_repeating_the_data_is_said_once(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl")
-    kept = [text for i, text in enumerate(TEXTS) if i % 10]
-    for rank in range(3):
-        rows = list(TokenBatches(str(path), None, tokenizer, 8, 4, rank=rank, world=3).packed())
-        texts = tokenizer.decode(torch.cat(rows)).split(tokenizer.eos_token)
-        assert texts[:-1] == kept[rank::3][: len(texts) - 1] and len(texts) > 15
+    epoch = sum(in_split(text, False) for text in TEXTS) // 4 * 4  # whole batches of 4
+    assert len(numbers(path, rows=4, n=3 * epoch, seed=0)) == 3 * epoch
+    says = f"--dataset {path} is repeated: it has {2 * epoch:,} tokens"
+    assert capsys.readouterr().out.strip() == says
 
 
-def test_read_ahead_gives_the_same_batches_and_raises_input_errors(tmp_path, tokenizer):
-    path = write(tmp_path / "a.jsonl")
-    data = TokenBatches(str(path), None, tokenizer, 8, 4, held_out=True, once=True)
-    for ours, theirs in zip(data, read_ahead(data), strict=True):
-        assert torch.equal(ours, theirs)
-    with pytest.raises(InputError, match="--dataset.*too little text"):
-        next(read_ahead(TokenBatches(str(path), None, tokenizer, 32, 4000)))
+def test_too_little_text_is_an_error(tmp_path, tokenizer):
+    with pytest.raises(SystemExit, match="error: --dataset .*a.jsonl: too little text for a batch of 4000 x 32 tokens"):
+        next(token_batches(str(write(tmp_path / "a.jsonl")), None, tokenizer, 32, 4000, seed=0))
 
 
-def test_half_read_parquet_does_not_abort_at_exit(tmp_path, tiny):
-    """A half-read parquet stream used to abort or hang the interpreter at exit (huggingface/datasets #7467)."""
+def test_half_read_parquet_does_not_abort_or_hang_at_exit(tmp_path, tiny):
+    """As it used to (huggingface/datasets #7467)."""
     path = write(tmp_path / "a.parquet", TEXTS * 50)
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-from transformers import AutoTokenizer
-from skipcoder import TokenBatches, documents, read_ahead
-tokenizer = AutoTokenizer.from_pretrained({str(tiny)!r})
-batches = read_ahead(TokenBatches({str(path)!r}, None, tokenizer, 8, 4))
-print(next(batches).shape)
-texts = documents({str(path)!r}, None)
-print(next(texts))
+from skipcoder import *
+tokenizer = transformers.AutoTokenizer.from_pretrained({str(tiny)!r})
+print(next(token_batches({str(path)!r}, None, tokenizer, 8, 4, seed=0)).shape)
+print(next(iter(documents({str(path)!r}, None))))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "torch.Size([4, 8])" in done.stdout
+    done = run("-c", code)
+    assert done.returncode == 0 and "torch.Size([4, 8])" in done.stdout, done.stderr
+    assert "Fatal" not in done.stderr and "Traceback" not in done.stderr

@@ -23,11 +23,11 @@ def test_flags_are_those_of_help(capsys):
 
 def test_plain_pytorch_block_gives_our_y_hat(trained):
     block = re.search(r"```python\n(.*?)```", README.split("In plain PyTorch")[1], re.DOTALL)[1]
-    block = block.replace("runs/tiny-gpt2-layer2/skip_transcoder/h.2.mlp", str(trained / "skip_transcoder/h.1.mlp"))
+    block = re.sub(r"runs/[\w.-]+/skip_transcoder/[\w.]+\.mlp", str(trained / "skip_transcoder/h.1.mlp"), block)
     x, y = torch.randn(2, 20, 32)
     names = {"x": x}
-    exec(block.replace("topk(32)", "topk(4)"), names)
-    torch.testing.assert_close(names["y_hat"], load_run(trained)[1]["skip_transcoder"](x, y).y_hat)
+    exec(re.sub(r"topk\(\d+", "topk(4", block), names)
+    torch.testing.assert_close(names["y_hat"], load_run(trained)[1]["skip_transcoder"](x, y)[0])
 
 
 def test_commands_are_complete():

@@ -13,10 +13,15 @@ import json
 import os
 import random
 import shutil
+import sys
 import sysconfig
 import time
 from pathlib import Path
 from pydoc_data.topics import topics
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from skipcoder import in_split  # noqa: E402  before torch, whose threads it keeps polite
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-ROOT = Path(__file__).resolve().parent.parent
 EOS = "<|endoftext|>"
-HELD_OUT = 10  # every 10th document is not trained on, as in skipcoder.py
 # what not every installation has, tables of character codes, and the manual as one long literal
 SKIP = {"test", "tests", "site-packages", "dist-packages", "idlelib", "turtledemo", "encodings", "pydoc_data"}
 
@@ -137,11 +140,11 @@ def make(
     if out.exists() and not (out / "text.jsonl").exists():
         raise SystemExit(f"--out {out}: this folder is not one of ours and would be replaced: choose another one")
     texts = documents(seed)[:max_documents]
-    kept = [text for index, text in enumerate(texts) if index % HELD_OUT]
+    kept = [text for text in texts if in_split(text, held_out=False)]  # as in skipcoder.py
     tokenizer = train_tokenizer(kept, vocab_size)
     sizes = dict(layers=layers, d=d, heads=heads, ctx_len=ctx_len, steps=steps, batch_size=batch_size, lr=lr)
     model = train(kept, tokenizer, **sizes, seed=seed)
-    loss, entropy = evaluate(model, pack(texts[::HELD_OUT], tokenizer, ctx_len + 1))
+    loss, entropy = evaluate(model, pack([text for text in texts if in_split(text, held_out=True)], tokenizer, ctx_len + 1))
 
     # write beside `out` and rename at the end, so that an interrupted run leaves no folder that only looks complete
     new, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
@@ -167,4 +170,4 @@ if __name__ == "__main__":
     loss, entropy = make(out)
     print(f"held-out loss {loss:.3f} nats/token, unigram entropy {entropy:.3f}, {time.time() - start:.0f} s")
     script, text = os.path.relpath(ROOT / "skipcoder.py"), out / "text.jsonl"
-    print(f"next: python {script} --model {out} --dataset {text} --layer 2 --ctx-len 128 --expansion 16 --tokens 1e6")
+    print(f"next: python {script} --model {out} --dataset {text} --layer 2 --expansion 16 --tokens 1e6")
