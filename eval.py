@@ -71,9 +71,8 @@ class PatchedLM:
     def __call__(self, tokens: Tensor, y_hat: Tensor | None = None, logits: bool = True) -> Tensor | None:
         """log p [rows, ctx_len - 2, vocab] of tokens 2 to T - 1, with y_hat [rows, ctx_len, d] as the MLP's output."""
         self.y_hat = y_hat
-        if logits:
-            return self.lm(tokens, use_cache=False).logits.log_softmax(-1)
-        self.lm.base_model(tokens, use_cache=False)
+        out = (self.lm if logits else self.lm.base_model)(tokens, use_cache=False)
+        return out.logits.log_softmax(-1) if logits else None
 
 class Losses:
     """What each thing in the MLP's place costs: its squared error, and per row of tokens the mean CE and KL."""
@@ -88,14 +87,15 @@ class Losses:
 
     def report(self, name: str) -> dict[str, float]:
         variance = self.error["zero"] - self.y.square().sum().item() / self.tokens  # sum |y|^2 - n |mean(y)|^2
-        ce, clean, mean, kl = map(torch.tensor, (self.ce[name], self.ce["clean"], self.ce["mean"], self.kl[name]))
+        rows = self.ce[name], self.ce["clean"], self.ce["mean"], self.kl[name]
+        ce, clean, mean, kl = (torch.tensor(numbers, dtype=torch.float64) for numbers in rows)
         row = {"fvu": self.error[name] / variance, "ce": ce.mean().item(), "ce_increase": (ce - clean).mean().item()}
         row |= {"ce_increase_se": standard_error(ce - clean), "kl": kl.mean().item(), "kl_se": standard_error(kl)}
         return row | {"ce_recovered": ((mean - ce).mean() / (mean - clean).mean()).item()}
 
 def standard_error(a: Tensor) -> float:
     """Of the mean of a [n], whose entries are independent: rows of tokens, or latents."""
-    return (a.double().std() / math.sqrt(len(a))).item() if len(a) > 1 else 0.0
+    return (a.std() / math.sqrt(len(a))).item() if len(a) > 1 else 0.0
 
 def fit_affine(activations: skipcoder.MLPActivations, batches, device: torch.device) -> tuple[Tensor, ...]:
     """The best affine map from x to y in the least-squares sense: A [d, d] and b [d] of y_hat = x A + b, and the means.
@@ -364,15 +364,15 @@ PAGE = """<!doctype html>
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 64rem;
   margin: 0 auto; padding: 1rem; overflow-wrap: anywhere }
 table { border-collapse: collapse; font-size: 14px } td { padding: .15rem .5rem; text-align: right }
-td, article { border-bottom: thin solid var(--line) } td:first-child { text-align: left } tr:first-child { font-weight: 600 }
+td, article { border-bottom: thin solid var(--line) } td:first-child { text-align: left; font-weight: 600 }
 form { position: sticky; top: 0; background: var(--paper); padding: .5rem 0; display: flex; flex-flow: wrap; gap: 1rem }
 select, input { font: inherit; max-width: 100% } input { width: 4.5rem } article { padding: .6rem 0; min-height: 14rem }
 article div { display: grid; grid-template-columns: 3rem 1fr; white-space: pre-wrap; font: 13px/1.7 monospace }
 h1 { font-size: 1.3rem } h2 { font-size: 1rem; margin: 0 } small { font-weight: normal } i { font-style: normal }
-p, small, i { color: var(--faint) } b { box-shadow: inset 0 -2px rgb(var(--hot)) }
+p, small, i { color: var(--faint) } b { box-shadow: inset 0 -2px rgb(var(--hot)) } tr:first-child { font-weight: 600 }
 @media (max-width: 50rem) {  /* a table that does not fit becomes a list of numbers with their names */
   tbody, tr { display: block; padding: .3rem 0 } tr:first-child, td:empty { display: none }
-  td { display: flex; justify-content: space-between; border: 0 } td + td::before { content: attr(title) } }
+  td { display: flex; justify-content: space-between; gap: 1rem; border: 0 } td + td::before { content: attr(title) } }
 </style>
 <h1>@TITLE@</h1><table>@RESULTS@</table>@NOTES@
 <p>Below: the scored latents. A line is a context from one fifth of the latent's active tokens, sorted by activation (1
@@ -442,9 +442,9 @@ def main():
     report, shown = evaluate(config, coders, args)
     print(markdown(table(report)), *remarks(report), sep="\n\n")
     if args.json:
-        skipcoder.write("--json", {args.json: json.dumps(report, indent=2) + "\n"})
+        skipcoder.write(f"--json {args.json}", {args.json: json.dumps(report, indent=2) + "\n"})
     if args.html:
-        skipcoder.write("--html", {args.html: page(report, *shown)})
+        skipcoder.write(f"--html {args.html}", {args.html: page(report, *shown)})
 
 if __name__ == "__main__":
     main()

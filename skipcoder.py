@@ -297,9 +297,10 @@ def train(args: argparse.Namespace):
     config |= {key: Path(config[key]).resolve() for key in ("model", "dataset") if Path(config[key]).exists()}
     config["versions"] = {library.__name__: library.__version__ for library in (torch, transformers, datasets)}
     if RANK == 0:
-        print(f"{', '.join(coders)} at {hookpoint} of {args.model}: d {d}, M {M:,}, k {args.k}, {args.device} x {WORLD}")
+        print(f"{', '.join(coders)} at {hookpoint} of {args.model}: M {M:,}, k {args.k}; on {args.device} x {WORLD}")
         print(f"{steps * step_tokens:,} tokens of {args.dataset} in steps of {step_tokens:,}, lr {args.lr:.2g}")
-        write("--out", {args.out / "log.jsonl": ""})  # raises where it cannot be written
+        log_path, flag = args.out / "log.jsonl", f"--out {args.out}"
+        write(flag, {log_path: log_path.read_text() if log_path.exists() else ""})  # fails now if it cannot be written
     bar = tqdm(total=steps * step_tokens, unit="tok", unit_scale=True, disable=RANK > 0)
     log, tokens, logged, done, logged_at, saved_at = "", 0, 0, False, time.monotonic(), time.monotonic()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -322,7 +323,7 @@ def train(args: argparse.Namespace):
             bar.set_postfix_str(", ".join(f"{name} FVU {fvu[name]:.3f} dead {dead[name]:.1%}" for name in coders))
             speed = round((tokens - logged) / (now - logged_at))
             log += json.dumps({"tokens": tokens, "tokens_per_s": speed, "fvu": fvu, "dead": dead}) + "\n"
-            write("--out", {args.out / "log.jsonl": log})
+            write(flag, {log_path: log})
             logged, logged_at = tokens, now
             for trainer in trainers.values():
                 trainer.sums.zero_()
@@ -342,7 +343,7 @@ IN_FILES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}  # what Eleuther
 
 def save_run(config: dict, coders: dict[str, Coder]):
     """Write config.json and, per coder, <name>/<hookpoint>/, a folder that EleutherAI's `sparsify` loads as it is."""
-    files = {config["out"] / "config.json": json.dumps(config, indent=2, default=str) + "\n"}  # str: paths, the device
+    files = {}
     for name, coder in coders.items():
         folder = config["out"] / name / config["hookpoint"]
         cfg = {"activation": "topk", "expansion_factor": config["expansion"], "num_latents": config["num_latents"]}
@@ -350,7 +351,8 @@ def save_run(config: dict, coders: dict[str, Coder]):
         cfg |= {"transcode": coder.arch != "sae", "skip_connection": coder.arch == "skip_transcoder"}
         files[folder / "cfg.json"] = json.dumps(cfg, indent=2) + "\n"
         files[folder / "sae.safetensors"] = {IN_FILES.get(n, n): p.cpu() for n, p in coder.state_dict().items()}
-    write("--out", files)
+    files[config["out"] / "config.json"] = json.dumps(config, indent=2, default=str) + "\n"  # last: it makes it a run
+    write(f"--out {config['out']}", files)
 
 def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[dict, dict[str, Coder]]:
     """Return the config of a run directory and its coders by name. Ends the program if damaged."""
@@ -366,7 +368,7 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[dict,
 def write(flag: str, files: dict[Path, str | dict[str, Tensor]]):
     """Write texts and tensors under temporary names, then rename all: each is replaced whole, on a full disk none."""
     temporary = {path: path.with_name(path.name + ".tmp") for path in files}
-    with blame(f"{flag} {next(iter(files)).parent}", "make room there, or pass another path"):
+    with blame(flag, "make room there, or pass another path"):
         try:
             for path, content in files.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -387,7 +389,7 @@ def blame(flag: str, fix: str):
     try:
         yield
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        lines = str(error).strip().splitlines() or ["nothing can be read there"]  # an empty file: StopIteration
         line = lines[-1 if "Traceback" in str(error) else 0]  # what a reader process raises comes with its traceback
         sys.exit(f"error: {flag}: {line.rstrip('.')} ({fix})")
 

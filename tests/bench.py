@@ -2,14 +2,14 @@
 
     python tests/bench.py [--tokens-per-step 4096] [--steps 5] [--sparsify PYTHON]
 
-Prints tokens/s of one coder and of all three; the time of each part of a step; the matmul rate of this machine,
-measured in the same run, and the share of the limit it sets that training reaches; and the peak memory. With
---sparsify, the path of a Python that has `eai-sparsify`, it alternates with that library training a coder on the
-same hookpoint and prints the ratio of medians. Not a test: pytest does not collect it.
+Prints how fast text is read, tokens/s of one coder and of all three, the share they reach of the limit that this
+machine's matmul rate sets, and the time of each part of a step. With --sparsify, the path of a Python that has
+`eai-sparsify`, it alternates with that library training a coder on the same hookpoint. Not a test.
 """
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -18,15 +18,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import skipcoder  # noqa: E402  before torch, whose threads it keeps polite
 import tiny_gpt2  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from skipcoder import ARCHS, Coder, Trainer  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
-
-import skipcoder  # noqa: E402
-from skipcoder import ARCHS, Coder, MLPActivations, TokenBatches, Trainer, find_mlp, mean_and_variance  # noqa: E402
 
 LAYER, D, M, K, CTX_LEN = 6, 768, 24576, 32, 256
 
@@ -37,11 +35,8 @@ import sys, time, torch
 from sparsify.sparse_coder import SparseCoder
 from sparsify.config import SparseCoderConfig
 from transformers import GPT2Config, GPT2Model
-torch.manual_seed(0)
-rows = int(sys.argv[1]); device = sys.argv[2]
-lm = GPT2Model(GPT2Config()).eval().to(device)
-if torch.cuda.is_bf16_supported():
-    lm.to(torch.bfloat16)
+rows, device = int(sys.argv[1]), sys.argv[2]
+lm = GPT2Model(GPT2Config()).eval().to(device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32)
 seen = {}
 lm.h[6].mlp.register_forward_hook(lambda m, a, o: seen.update(x=a[0].flatten(0, 1), y=o.flatten(0, 1)))
 coder = SparseCoder(768, SparseCoderConfig(transcode=True, normalize_decoder=False), device=device)
@@ -56,30 +51,19 @@ for line in sys.stdin:
     optimizer.zero_grad()
     if device != "cpu":
         torch.cuda.synchronize()
-    print(time.perf_counter() - start, flush=True)
+    print("seconds", time.perf_counter() - start, flush=True)
 """
 
-
-def timed(f, device, times: int = 3) -> float:
+def timed(f, times: int = 3) -> float:
     """Median seconds of a call, after one to warm up."""
     seconds = []
     for _ in range(times + 1):
         start = time.perf_counter()
         f()
-        if device.type == "cuda":
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
-
-
-def make_inputs(folder: Path, rows: int):
-    """Save a random GPT-2 in the folder, and return batches [rows, CTX_LEN] of the standard library's text."""
-    GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
-    texts = tiny_gpt2.documents()
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    tokenizer = tiny_gpt2.train_tokenizer(texts, 8192)
-    return skipcoder.read_ahead(TokenBatches(str(folder / "text.jsonl"), None, tokenizer, CTX_LEN, rows))
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -87,106 +71,92 @@ def main():
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each version")
     parser.add_argument("--sparsify", metavar="PYTHON", help="a Python that has eai-sparsify, to compare with")
     args = parser.parse_args()
-    device = skipcoder.pick_device("auto")
-    dtype = skipcoder.matmul_dtype(device)
-    torch.manual_seed(0)
-    skipcoder.quiet_libraries()
-    skipcoder.keep_freed_memory()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fast = skipcoder.fast_bfloat16(device)
+    dtype = torch.bfloat16 if fast else torch.float32
     rows = args.tokens_per_step // CTX_LEN
     N = rows * (CTX_LEN - 1)
-    folder = tempfile.TemporaryDirectory()  # gone when the program ends
-    batches = make_inputs(Path(folder.name), rows)
-    tokens = next(batches).to(device)
-    lm = skipcoder.load_lm(folder.name, device, dtype)
-    _, blocks, mlp = find_mlp(lm, LAYER)
-    del blocks[LAYER + 1 :]
-    activations = MLPActivations(lm, mlp, dtype)
-    x, y = activations(tokens)
-    variance = mean_and_variance(y)[1]
-    trainers = {}
-    for arch in ARCHS:
-        coder = Coder(arch, D, M, K).to(device)
-        coder.matmul_dtype = dtype
-        trainers[arch] = Trainer(coder, x, y, 1e-4, 0, 1e9)
-        trainers[arch].step(x, y, variance, 1)
-    print(f"{device}, {torch.get_num_threads()} threads, matmuls in {dtype}; {rows * CTX_LEN} tokens a step")
+    folder = Path((_keep := tempfile.TemporaryDirectory()).name)  # gone when the program ends
+    texts = tiny_gpt2.documents()
+    for i in range(5):
+        (folder / f"text{i}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[i::5]))
+    source = None, tiny_gpt2.train_tokenizer(texts, 8192), CTX_LEN, rows
+    for text, files in ((folder / "text0.jsonl", "one file"), (folder, "five files")):
+        batches = skipcoder.token_batches(str(text), *source, seed=0)
+        start, n = time.perf_counter(), 0
+        while (took := time.perf_counter() - start) < 10:  # more than once all there is
+            n += next(batches).numel()
+        print(f"reading {files:10} {n / took:10,.0f} tokens/s with {os.cpu_count()} cores, when nothing else runs")
 
+    GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
+    lm = skipcoder.load_lm(str(folder), device)
+    _, blocks, mlp = skipcoder.find_mlp(lm, LAYER)
+    del blocks[LAYER + 1 :]
+    activations = skipcoder.MLPActivations(lm, mlp)
+    tokens = next(batches).to(device)
+    x, y = activations(tokens)
+    trainers = {arch: Trainer(Coder(arch, D, M, K).to(device), x, y, 1e-4, 1e9) for arch in ARCHS}
+    print(f"{device}, {torch.get_num_threads()} threads, matmuls in {dtype}; {rows * CTX_LEN} tokens a step")
     waited = []
 
     def step(archs):
         start = time.perf_counter()
         tokens = next(batches)
         waited.append(time.perf_counter() - start)
-        x, y = activations(tokens.to(device, non_blocking=True))
-        variance = mean_and_variance(y)[1]
+        x, y = activations(tokens.to(device))
         for arch in archs:
-            trainers[arch].step(x, y, variance, 1)
+            trainers[arch].step(x, y, 1)
 
-    # whole steps, alternating
-    reference = None
+    seconds, reference = {"one": [], "three": []}, None  # of whole steps, alternating
     if args.sparsify:
         command = [args.sparsify, "-c", SPARSIFY, str(rows), device.type]
-        reference = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-    seconds = {"one": [], "three": [], "sparsify": []}
-    for i in range(args.steps + 1):
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=1, text=True)
+        seconds["sparsify"], reference = [], subprocess.Popen(command, **pipes)
+    for _ in range(args.steps + 1):
         for name, archs in (("one", ["transcoder"]), ("three", ARCHS)):
-            seconds[name].append(timed(lambda: step(archs), device, 1))
+            seconds[name].append(timed(lambda: step(archs), 1))
         if reference:
             reference.stdin.write("go\n")
-            reference.stdin.flush()
-            line = reference.stdout.readline()
-            while line and not line[0].isdigit():
-                line = reference.stdout.readline()
-            seconds["sparsify"].append(float(line))
-    median = {name: statistics.median(values[1:]) for name, values in seconds.items() if values}
+            line = next(line for line in reference.stdout if line.startswith("seconds"))  # StopIteration: it has failed
+            seconds["sparsify"].append(float(line.split()[1]))
+    median = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     for name, value in median.items():
         print(f"{name:10} {rows * CTX_LEN / value:10,.0f} tokens/s")
     if reference:
         reference.stdin.close()
-        ratio = 3 * median["sparsify"] / median["three"]
-        print(f"three coders here against three runs of sparsify: {ratio:.1f}x")
+        print(f"three coders here against three runs of sparsify: {3 * median['sparsify'] / median['three']:.1f}x")
 
     # the limit by matmul alone, at the rate of the encoder's own shape
-    a, b = torch.randn(N, D, device=device).to(dtype), torch.randn(M, D, device=device).to(dtype)
-    rate = 2 * N * D * M / timed(lambda: F.linear(a, b), device)
+    a, b = (torch.randn(n, D, device=device, dtype=dtype) for n in (N, M))
+    rate = 2 * N * D * M / timed(lambda: F.linear(a, b))
     flops = 2 * rows * CTX_LEN * (LAYER + 1) * 12 * D * D + 3 * 2 * N * D * M  # of three coders and their LM
     print(f"matmul {rate / 1e12:.2f} TFLOP/s; limit by matmul alone {rate * rows * CTX_LEN / flops:,.0f} tokens/s")
     print(f"three coders reach {flops / rate / median['three']:.0%} of it")
 
     # the parts of one coder's step
     coder = trainers["transcoder"].coder
-    W, W_dec = coder.encoder.weight.detach(), coder.W_dec.detach()
-    pre = F.linear(x.to(dtype), W.to(dtype), coder.encoder.bias.detach().to(dtype))
-    z, idx = skipcoder.topk(pre, K)
+    W, b_enc, W_dec = coder.W_enc.detach().to(dtype), coder.b_enc.detach().to(dtype), coder.W_dec.detach()
+    pre = F.linear(x.to(dtype), W, b_enc)
+    z, indices = skipcoder.topk(pre, K)
     z = z.relu().float()
 
     def forward_backward():
-        y_hat, *_ = coder(x, y)
-        ((y - y_hat).square().sum() / variance).backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=fast):
+            y_hat, *_ = coder(x, y)
+        (y - y_hat).square().sum().backward()
 
-    parts = {"data": statistics.median(waited), "LM forward": timed(lambda: activations(tokens), device)}
-    parts["encoder"] = timed(lambda: F.linear(x.to(dtype), W.to(dtype), coder.encoder.bias.detach().to(dtype)), device)
-    parts["topk"] = timed(lambda: skipcoder.topk(pre, K), device)
-    parts["decoder"] = timed(lambda: F.embedding_bag(idx, W_dec, per_sample_weights=z, mode="sum"), device)
-    both = timed(forward_backward, device)
-    parts["backward"] = both - parts["encoder"] - parts["topk"] - parts["decoder"]
-    parts["optimizer"] = timed(trainers["transcoder"].optimizer.step, device)
+    parts = {"data": statistics.median(waited), "LM forward": timed(lambda: activations(tokens))}
+    parts["encoder"] = timed(lambda: F.linear(x.to(dtype), W, b_enc))
+    parts["topk"] = timed(lambda: skipcoder.topk(pre, K))
+    parts["decoder"] = timed(lambda: F.embedding_bag(indices, W_dec, per_sample_weights=z, mode="sum"))
+    parts["backward"] = timed(forward_backward) - parts["encoder"] - parts["topk"] - parts["decoder"]
+    parts["optimizer"] = timed(trainers["transcoder"].optimizer.step)
     times = {name: 1 if name in ("data", "LM forward") else 3 for name in parts}  # in a step of three coders
     total = sum(times[name] * value for name, value in parts.items())
     for name, value in parts.items():
-        each = "a coder" if times[name] == 3 else ""
-        print(f"{name:10} {1e3 * value:8.1f} ms {each:8} {times[name] * value / total:6.1%} of a step of three")
-    start = time.perf_counter()
-    for _ in range(64):  # more than are read ahead
-        next(batches)
-    rate = 64 * rows * CTX_LEN / (time.perf_counter() - start)
-    print(f"the reader makes {rate:,.0f} tokens/s when nothing else runs")
-    if device.type == "cuda":
-        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU")
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
-
+        print(f"{name:10} {1e3 * value:8.1f} ms, {times[name] * value / total:6.1%} of a step of three coders")
+    gpu = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU" if device.type == "cuda" else ""
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB{gpu}")
 
 if __name__ == "__main__":
     main()

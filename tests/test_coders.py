@@ -7,7 +7,6 @@ from skipcoder import ARCHS, WAKE, Coder, Trainer, topk
 
 N, d, M, k = 24, 8, 40, 5
 
-
 def make(arch: str, device) -> tuple[Coder, torch.Tensor, torch.Tensor]:
     """A coder in float64 in which every parameter is random, and x, y [N, d]."""
     generator = torch.Generator().manual_seed(0)
@@ -16,14 +15,12 @@ def make(arch: str, device) -> tuple[Coder, torch.Tensor, torch.Tensor]:
         p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(device)
     return coder, *torch.randn(2, N, d, generator=generator, dtype=torch.float64).to(device)
 
-
-def dense_forward(coder: Coder, x, y):
+def dense_forward(coder: Coder, x, y, k: int = k):
     """y_hat [N, d] and z [N, M]: the equations of the docstring, written out with dense tensors."""
     pre = ((y - coder.b_dec) if coder.arch == "sae" else x) @ coder.W_enc.T + coder.b_enc  # [N, M]
     kept = torch.zeros_like(pre, dtype=torch.bool).scatter(1, pre.topk(k).indices, True)
     z = torch.where(kept, pre, 0).relu()
-    return z @ coder.W_dec + coder.b_dec + (x @ coder.W_skip.T if coder.arch == "skip_transcoder" else 0), z
-
+    return z @ coder.W_dec + coder.b_dec + (0 if coder.W_skip is None else x @ coder.W_skip.T), z
 
 @pytest.mark.parametrize("l1", [0, 0.1])
 @pytest.mark.parametrize("arch", ARCHS)
@@ -40,22 +37,6 @@ def test_forward_and_gradients_equal_dense_autograd(arch, l1, device):
     for name, gradient, dense_gradient in zip(names, gradients, expected):
         torch.testing.assert_close(gradient, dense_gradient, msg=lambda message: f"{name}: {message}")
 
-
-def test_bfloat16_is_for_the_dense_matmuls_alone(device):
-    """Under autocast all results and gradients are float32, and close to those in float64."""
-    coder, x, y = make("skip_transcoder", device)
-    single = Coder("skip_transcoder", d, M, k).to(device)
-    single.load_state_dict({name: p.float() for name, p in coder.state_dict().items()})
-    (coder(x, y)[0] - y).square().sum().backward()
-    with torch.autocast(device.type, torch.bfloat16):
-        y_hat, acts, _ = single(x.float(), y.float())
-    assert acts.dtype == torch.float32
-    (y_hat - y).square().sum().backward()
-    for p, q in zip(coder.parameters(), single.parameters()):
-        assert q.grad.dtype == torch.float32
-        assert (p.grad - q.grad).norm() < 0.1 * p.grad.norm()
-
-
 @pytest.mark.parametrize("M, k", [(40, 5), (17, 17), (96, 40), (1024, 32), (16, 1)])
 def test_topk_equals_that_of_torch(M, k, device):
     for pre in (torch.randn(9, M, device=device), torch.randint(4, (9, M), device=device).bfloat16()):  # with ties, too
@@ -64,7 +45,6 @@ def test_topk_equals_that_of_torch(M, k, device):
         assert torch.equal(pre.gather(1, indices), z)
         assert all(len(set(row)) == k for row in indices.tolist())
 
-
 def make_data(device, scale_x=1.0, scale_y=1.0):
     """x, y [2000, d] that are not centred, where y is a smooth function of x."""
     torch.manual_seed(0)
@@ -72,10 +52,8 @@ def make_data(device, scale_x=1.0, scale_y=1.0):
     y = torch.tanh(x @ torch.randn(d, d, device=device)) + 0.5
     return (x + 3) * scale_x, y * scale_y
 
-
 def root_mean_square(a):
     return (a - a.mean(0)).square().mean().sqrt().item()
-
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_start(arch, device):
@@ -91,24 +69,6 @@ def test_start(arch, device):
         torch.testing.assert_close(coder.b_enc.data, -coder.W_enc.data @ x.mean(0))
         torch.testing.assert_close(coder(x, y)[0], y.mean(0).expand_as(y))
     assert torch.equal(coder.W_enc, Coder("sae", d, M, k).to(device).W_enc)  # one seed, one start
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_the_first_step_of_each_parameter_is_lr_in_its_own_units(arch, device):
-    x, y = make_data(device, 7, 50)
-    coder = Coder(arch, d, M, k).to(device)
-    trainer = Trainer(coder, x, y, 1e-3, 1e9)
-    before = {name: p.detach().clone() for name, p in coder.named_parameters()}
-    trainer.step(x, y + 60, 0.5)  # not around the mean, where b_dec has no gradient
-    s_x, s_y = root_mean_square(x), root_mean_square(y)
-    s_z = s_y if arch == "sae" else s_x
-    units = {"W_enc": 1, "b_enc": s_z, "W_dec": s_y / s_z, "b_dec": s_y, "W_skip": s_y / s_x}
-    for name, p in coder.named_parameters():
-        moved = (p - before[name]).abs().max().item()
-        # a transcoder's encoder has no gradient before W_dec has moved, and the rows of an autoencoder's are normalised
-        if (arch, name) not in {("sae", "W_dec"), *((a, n) for a in ARCHS[1:] for n in ("W_enc", "b_enc"))}:
-            assert moved == pytest.approx(0.5e-3 * units[name], rel=0.05), name
-
 
 def test_training_lowers_the_loss_whatever_the_scale(device):
     reached = {}
@@ -128,7 +88,6 @@ def test_training_lowers_the_loss_whatever_the_scale(device):
                 torch.testing.assert_close(coder.W_dec.data.norm(dim=1), torch.ones(M, device=device))
         assert reached["skip_transcoder", scale] < reached["transcoder", scale]
 
-
 @pytest.mark.parametrize("arch", ARCHS)
 def test_silence_is_counted_in_tokens(arch, device):
     x, y = make_data(device)
@@ -140,7 +99,6 @@ def test_silence_is_counted_in_tokens(arch, device):
         trainer.step(x[part], y[part], 1)
         assert torch.equal(trainer.silent, expected)
     assert expected.any()
-
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_dead_latent_has_its_bias_raised_until_it_fires(arch, device):

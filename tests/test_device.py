@@ -20,7 +20,6 @@ from skipcoder import ARCHS, Coder, Trainer
 
 aten = torch.ops.aten
 
-
 class Pretended(torch.Tensor):
     """A tensor on the pretended device."""
 
@@ -37,7 +36,6 @@ class Pretended(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise AssertionError(f"{func} outside of the mode")
-
 
 class PretendedDevice(TorchDispatchMode):
     reads = 0  # how often Python waited for the device
@@ -71,7 +69,6 @@ class PretendedDevice(TorchDispatchMode):
 
         return tree_map(from_cpu, out)
 
-
 @pytest.fixture
 def pretended(monkeypatch):
     """Until the end of the test the device "meta" is the pretended one."""
@@ -90,26 +87,17 @@ def pretended(monkeypatch):
         yield device
     torch.__future__.set_overwrite_module_params_on_conversion(before)
 
-
-def test_the_pretended_device_refuses_what_a_gpu_would(pretended):
-    there = torch.ones(3, device="meta")
-    assert (there + torch.tensor(1.0)).tensor.tolist() == [2, 2, 2]
-    with pytest.raises(RuntimeError, match="on the CPU"):
-        there + torch.ones(3)
-    assert pretended.reads == 0 and there.sum().item() == 3 and pretended.reads == 1
-    assert there.cpu().tolist() == [1, 1, 1] and pretended.reads == 2
-
-
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_training_step_never_waits_for_the_device(pretended, arch):
     x, y = torch.randn(2, 64, 8, device="meta")
+    with pytest.raises(RuntimeError, match="on the CPU"):  # as a GPU would say
+        x + torch.ones(8)
     trainer = Trainer(Coder(arch, 8, 64, 4).to("meta"), x, y, 1e-3, dead_after=100)
     pretended.reads = 0
     for _ in range(3):
         trainer.step(x, y, 1)
     assert pretended.reads == 0
     assert trainer.sums[1].item() > 0 and pretended.reads == 1
-
 
 def test_a_run_and_its_evaluation(pretended, trained, tiny, tmp_path):
     """Nothing of either is left on the CPU by mistake, and eval.py's numbers are those of the CPU."""

@@ -11,7 +11,6 @@ from skipcoder import load_run
 
 README = (ROOT / "README.md").read_text()
 
-
 def test_flags_are_those_of_help(capsys):
     section = README.split("## Flags")[1].split("\n## ")[0]
     table, eval_part = section.split("`eval.py RUN`")
@@ -20,7 +19,6 @@ def test_flags_are_those_of_help(capsys):
         flags = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
         assert set(re.findall(r"`(--[a-z-]+)", listed)) == flags
 
-
 def test_plain_pytorch_block_gives_our_y_hat(trained):
     block = re.search(r"```python\n(.*?)```", README.split("In plain PyTorch")[1], re.DOTALL)[1]
     block = re.sub(r"runs/[\w.-]+/skip_transcoder/[\w.]+\.mlp", str(trained / "skip_transcoder/h.1.mlp"), block)
@@ -28,7 +26,6 @@ def test_plain_pytorch_block_gives_our_y_hat(trained):
     names = {"x": x}
     exec(re.sub(r"topk\(\d+", "topk(4", block), names)
     torch.testing.assert_close(names["y_hat"], load_run(trained)[1]["skip_transcoder"](x, y)[0])
-
 
 def test_commands_are_complete():
     """Each command of the README names files that exist and flags that the scripts know."""

@@ -33,7 +33,6 @@ EOS = "<|endoftext|>"
 # what not every installation has, tables of character codes, and the manual as one long literal
 SKIP = {"test", "tests", "site-packages", "dist-packages", "idlelib", "turtledemo", "encodings", "pydoc_data"}
 
-
 def split(text: str, least: int = 300, most: int = 4000) -> list[str]:
     """Cut a text at blank lines into documents of `least` to `most` characters; others are dropped."""
     found, document = [], ""
@@ -46,54 +45,61 @@ def split(text: str, least: int = 300, most: int = 4000) -> list[str]:
         document += ("\n\n" if document else "") + paragraph.strip("\n")
     return [document for document in [*found, document] if least <= len(document) <= most]
 
-
 def documents(seed: int = 0) -> list[str]:
     """Some 4500 documents of 300 to 4000 characters, all different, shuffled; Python's version decides which."""
     found = [document for _, text in sorted(topics.items()) for document in split(text)]
     stdlib = Path(sysconfig.get_path("stdlib"))
     for path in sorted(stdlib.rglob("*.py")):
         if SKIP.isdisjoint(path.relative_to(stdlib).parts):
-            try:
-                found += split(path.read_text(encoding="utf-8"))
-            except UnicodeDecodeError:
-                pass  # a few old modules are in Latin-1
+            found += split(path.read_text(encoding="utf-8", errors="ignore"))  # a few old modules are in Latin-1
     found = list(dict.fromkeys(found))
     random.Random(seed).shuffle(found)
     return found
-
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer like GPT-2's: EOS, the 256 bytes, and the most frequent merges in the texts."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()  # all 256, so that no text is unknown
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
+    options = dict(special_tokens=[EOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, **options))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=EOS, eos_token=EOS, unk_token=EOS)
-
 
 def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast, length: int) -> Tensor:
     """The tokens of all texts, an EOS after each, cut into full rows [rows, length]; what is left over is dropped."""
-    tokens = []
-    for ids in tokenizer(texts)["input_ids"]:
-        tokens += [*ids, tokenizer.eos_token_id]
+    tokens = [token for ids in tokenizer(texts)["input_ids"] for token in [*ids, tokenizer.eos_token_id]]
     return torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
-
 
 def next_token_loss(model: GPT2LMHeadModel, rows: Tensor) -> Tensor:
     """Mean cross-entropy of each token given those before it in its row [rows, ctx_len + 1], in nats/token."""
     logits = model(rows[:, :-1]).logits  # [rows, ctx_len] -> [rows, ctx_len, vocab]
     return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 
+def train(model: GPT2LMHeadModel, rows: Tensor, steps: int, batch_size: int, lr: float):
+    """Train for so many batches of rows [rows, ctx_len + 1]."""
+    # betas and weight decay as in nanoGPT for small batches
+    opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.1)
+    warmup = max(1, steps // 20)  # then linearly down to zero
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min((i + 1) / warmup, (steps - i) / (steps - warmup)))
+    order = torch.cat([torch.randperm(len(rows)) for _ in range(steps * batch_size // len(rows) + 1)])  # epochs
+    for batch in order[: steps * batch_size].view(steps, batch_size):
+        loss = next_token_loss(model, rows[batch])
+        opt.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        schedule.step()
 
-def train(
-    texts: list[str], tokenizer: PreTrainedTokenizerFast, *, layers: int, d: int, heads: int, ctx_len: int,
-    steps: int, batch_size: int, lr: float, seed: int = 0,
-) -> GPT2LMHeadModel:  # fmt: skip
-    """A GPT-2 of `layers` blocks, d wide, trained for `steps` batches of batch_size rows of ctx_len tokens."""
+def make(
+    out: Path, *, vocab_size: int = 2048, layers: int = 4, d: int = 64, heads: int = 2, ctx_len: int = 128,
+    steps: int = 1300, batch_size: int = 8, lr: float = 5e-3, max_documents: int | None = None, seed: int = 0,
+) -> tuple[float, float]:  # fmt: skip
+    """Write model, tokenizer and text.jsonl into the folder `out`; gives held-out loss and unigram entropy [nats]."""
+    if out.exists() and not (out / "text.jsonl").exists():
+        raise SystemExit(f"--out {out}: this folder is not one of ours and would be replaced: choose another one")
+    texts = documents(seed)[:max_documents]
+    kept, held_out = ([text for text in texts if in_split(text, side)] for side in (False, True))  # as skipcoder.py
+    tokenizer = train_tokenizer(kept, vocab_size)
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=len(tokenizer), n_layer=layers, n_embd=d, n_head=heads, n_positions=ctx_len,
@@ -102,65 +108,22 @@ def train(
         activation_function="gelu_pytorch_tanh",  # GPT-2's gelu_new in one kernel: a step takes 17% less time
         initializer_range=0.02 * (768 / d) ** 0.5,  # 0.02 suits GPT-2's d of 768; at d = 128 it cost 0.5 nats
     )  # fmt: skip
-    model = GPT2LMHeadModel(config).train()
-    # betas and weight decay as in nanoGPT for small batches
-    opt = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.1)
-    warmup = max(1, steps // 20)  # then linearly down to zero
-    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min((i + 1) / warmup, (steps - i) / (steps - warmup)))
-    rows = pack(texts, tokenizer, ctx_len + 1)  # one more: every position has a next token to predict
-    order = torch.cat([torch.randperm(len(rows)) for _ in range(steps * batch_size // len(rows) + 1)])  # epochs
-    start = shown = time.time()
-    for step, batch in enumerate(order[: steps * batch_size].view(steps, batch_size), 1):
-        loss = next_token_loss(model, rows[batch])
-        opt.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
-        schedule.step()
-        if time.time() - shown > 5:
-            shown = time.time()
-            print(f"step {step} of {steps}, loss {loss.item():.2f}, {shown - start:.0f} s", flush=True)
-    return model.eval()
-
-
-@torch.no_grad()
-def evaluate(model: GPT2LMHeadModel, rows: Tensor) -> tuple[float, float]:
-    """Loss on rows [rows, ctx_len + 1], and the entropy of their tokens (the best without context), in nats/token."""
-    loss = sum(next_token_loss(model, part).item() * len(part) for part in rows.split(64)) / len(rows)
+    model = GPT2LMHeadModel(config)
+    train(model, pack(kept, tokenizer, ctx_len + 1), steps, batch_size, lr)
+    rows = pack(held_out, tokenizer, ctx_len + 1)
+    with torch.no_grad():
+        loss = sum(next_token_loss(model, part).item() * len(part) for part in rows.split(64)) / len(rows)
     p = rows[:, 1:].flatten().bincount() / rows[:, 1:].numel()  # [vocab]
-    return loss, -torch.xlogy(p, p).sum().item()
 
-
-def make(
-    out: Path, *, vocab_size: int = 2048, layers: int = 4, d: int = 64, heads: int = 2, ctx_len: int = 128,
-    steps: int = 1300, batch_size: int = 8, lr: float = 5e-3, max_documents: int | None = None, seed: int = 0,
-) -> tuple[float, float]:  # fmt: skip
-    """Write model, tokenizer and text.jsonl into the folder `out`; gives held-out loss and unigram entropy [nats]."""
-    out = Path(out)
-    if out.exists() and not (out / "text.jsonl").exists():
-        raise SystemExit(f"--out {out}: this folder is not one of ours and would be replaced: choose another one")
-    texts = documents(seed)[:max_documents]
-    kept = [text for text in texts if in_split(text, held_out=False)]  # as in skipcoder.py
-    tokenizer = train_tokenizer(kept, vocab_size)
-    sizes = dict(layers=layers, d=d, heads=heads, ctx_len=ctx_len, steps=steps, batch_size=batch_size, lr=lr)
-    model = train(kept, tokenizer, **sizes, seed=seed)
-    loss, entropy = evaluate(model, pack([text for text in texts if in_split(text, held_out=True)], tokenizer, ctx_len + 1))
-
-    # write beside `out` and rename at the end, so that an interrupted run leaves no folder that only looks complete
-    new, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
-    for folder in (new, old):
-        shutil.rmtree(folder, ignore_errors=True)
+    new = out.with_name(out.name + ".new")  # renamed at the end, so that no folder only looks complete
+    shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     model.save_pretrained(new)
     tokenizer.save_pretrained(new)
-    with open(new / "text.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-    if out.exists():
-        out.rename(old)
+    (new / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    shutil.rmtree(out, ignore_errors=True)
     new.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-    return loss, entropy
-
+    return loss, -torch.xlogy(p, p).sum().item()
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Make a tiny trained GPT-2 and its text.")
