@@ -44,7 +44,7 @@ FIFTHS = 5  # quantiles of a latent's activations that they are spread over
 SHOWN = 4  # contexts in a trial on which the latent is active; one more is the intruder
 MIN_ACTIVE = 40  # tokens on which a latent has to be active to be scored: 8 in each fifth
 IN_REPORT = "model hookpoint layer k num_latents seed dataset tokens tokens_trained versions".split()  # of config.json
-CE_TOKENS = 50_000  # CE and KL are measured on so many tokens at most: their errors are small enough, and an LM is slow
+CE_TOKENS = 20_000  # CE and KL are measured on so many tokens at most: each thing in the MLP's place costs an LM pass
 
 # ---- The LM, with and without something in the MLP's place ----------------------------------------------------------
 
@@ -118,7 +118,6 @@ def fit_affine(activations: skipcoder.MLPActivations, batches, device: torch.dev
     A = torch.linalg.solve(covariance, xy / n - x_mean.outer(y_mean))
     return A.float(), (y_mean - x_mean @ A).float(), x_mean.float(), y_mean.float()
 
-
 # ---- The intruder proxy ---------------------------------------------------------------------------------------------
 
 class Activity:
@@ -190,7 +189,6 @@ def summary(found: Tensor) -> dict:
     by_fifth = [found[:, q::FIFTHS].double().mean().item() for q in range(FIFTHS)]
     numbers = scores.mean().item(), standard_error(scores), scores.std().item(), by_fifth
     return dict(zip(names, numbers)) | {"latents_scored": len(scores)}
-
 
 # ---- One pass over training tokens, one over held-out tokens --------------------------------------------------------
 
@@ -272,7 +270,6 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
     shown = {name: (latents[name], found[name], density[name]) for name in (*coders, "neurons")}
     return report, (torch.cat(seen), shown, tokenizer)
 
-
 # ---- The report as text ---------------------------------------------------------------------------------------------
 COLUMNS = {  # of the table, by the number of the report that each is about
     "fvu": ("FVU", "{fvu:.4f}"),
@@ -320,7 +317,6 @@ def remarks(report: dict) -> list[str]:
     if too_few:
         lines.append(f"Raise --tokens: fewer than 2 latents are active on {MIN_ACTIVE} tokens in {', '.join(too_few)}.")
     return lines
-
 
 # ---- The page: the table, and the scored latents with their contexts ------------------------------------------------
 BEFORE, AFTER, MOST = 14, 6, 300  # tokens shown around the peak, and latents per coder: the page stays under 3 MB

@@ -112,7 +112,6 @@ def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     member, slot = which // best.shape[1], which % best.shape[1]
     return values, member * groups.shape[2] + best.gather(1, slot)
 
-
 # ---- Tokens: documents, split by a checksum, packed into rows, shuffled, in batches ---------------------------------
 SUFFIXES = {"text": (".txt",), "json": (".jsonl", ".json"), "parquet": (".parquet",)}  # of files, by how they are read
 DATA = "pass a name on the hub, or a file or folder: .txt (UTF-8), .jsonl, .json or .parquet, with a column text"
@@ -181,7 +180,6 @@ def leave_group(_reader: int):
     if hasattr(os, "setpgrp"):  # a signal to the whole group, such as Ctrl-C, is for the main process to act on
         os.setpgrp()
 
-
 # ---- Activations: x and y of one MLP --------------------------------------------------------------------------------
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether the hardware multiplies bfloat16, in 1/2 to 1/9 of the time of float32 (a CPU with AMX does, too)."""
@@ -225,7 +223,6 @@ class MLPActivations:
         self.lm.base_model(tokens, use_cache=False)
         return self.x[:, 1:].flatten(0, 1).float(), self.y[:, 1:].flatten(0, 1).float()
 
-
 # ---- Training -------------------------------------------------------------------------------------------------------
 WARM_UP, DECAY = 0.05, 0.5  # shares of the steps over which the learning rate rises at the start and falls at the end
 BETAS = (0.9, 0.98)  # Adam's; the usual 0.999 remembers a thousand steps, half of a short run
@@ -266,10 +263,13 @@ class Trainer:
         self.sums += torch.stack([squared_error.detach(), variance])
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * lr_factor * group["unit"]
+        if coder.arch == "sae":  # rows of W_dec stay unit vectors: step along the sphere, then back onto it
+            W, grad = coder.W_dec.data, coder.W_dec.grad  # [M, d]
+            grad -= (grad * W).sum(1, keepdim=True) * W
         self.optimizer.step()
-        coder.b_enc.data += WAKE * self.s_z * lr_factor * dead
         if coder.arch == "sae":
-            coder.W_dec.data = F.normalize(coder.W_dec.data)  # rows stay unit vectors
+            coder.W_dec.data = F.normalize(coder.W_dec.data)
+        coder.b_enc.data += WAKE * self.s_z * lr_factor * dead
 
 def train(args: argparse.Namespace):
     """Train a coder for each of `args.arch` on one stream of activations, and save them to `args.out`."""
@@ -337,7 +337,6 @@ def train(args: argparse.Namespace):
         print("done" if done else "stopped", f"after {tokens:,} tokens; next: python eval.py {args.out}")
     sys.exit(0 if done else 130)
 
-
 # ---- Files ----------------------------------------------------------------------------------------------------------
 IN_FILES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}  # what EleutherAI's sparsify calls them
 
@@ -378,7 +377,6 @@ def write(flag: str, files: dict[Path, str | dict[str, Tensor]]):
         finally:
             for path in files:
                 temporary[path].unlink(missing_ok=True)
-
 
 # ---- Flags ----------------------------------------------------------------------------------------------------------
 MODEL = "pass a name on the hub, with a connection to it, or a local folder, as tests/tiny_gpt2.py makes one"

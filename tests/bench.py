@@ -2,14 +2,13 @@
 
     python tests/bench.py [--tokens-per-step 4096] [--steps 5] [--sparsify PYTHON]
 
-Prints how fast text is read, tokens/s of one coder and of all three, the share they reach of the limit that this
-machine's matmul rate sets, and the time of each part of a step. With --sparsify, the path of a Python that has
-`eai-sparsify`, it alternates with that library training a coder on the same hookpoint. Not a test.
+Prints tokens/s of one coder and of all three, the share they reach of the limit that this machine's matmul rate sets,
+and the profile of a step. With --sparsify, the path of a Python that has `eai-sparsify`, it alternates with that
+library training a coder on the same hookpoint. Not a test.
 """
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -19,12 +18,11 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import skipcoder  # noqa: E402  before torch, whose threads it keeps polite
-import tiny_gpt2  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from skipcoder import ARCHS, Coder, Trainer  # noqa: E402
-from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
+import skipcoder  # before torch: it sets what torch's threads do while they wait
+import tiny_gpt2
+import torch
+from skipcoder import ARCHS, Coder, Trainer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 LAYER, D, M, K, CTX_LEN = 6, 768, 24576, 32, 256
 
@@ -72,38 +70,27 @@ def main():
     parser.add_argument("--sparsify", metavar="PYTHON", help="a Python that has eai-sparsify, to compare with")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    fast = skipcoder.fast_bfloat16(device)
-    dtype = torch.bfloat16 if fast else torch.float32
+    dtype = torch.bfloat16 if skipcoder.fast_bfloat16(device) else torch.float32
     rows = args.tokens_per_step // CTX_LEN
     N = rows * (CTX_LEN - 1)
     folder = Path((_keep := tempfile.TemporaryDirectory()).name)  # gone when the program ends
     texts = tiny_gpt2.documents()
     for i in range(5):
         (folder / f"text{i}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[i::5]))
-    source = None, tiny_gpt2.train_tokenizer(texts, 8192), CTX_LEN, rows
-    for text, files in ((folder / "text0.jsonl", "one file"), (folder, "five files")):
-        batches = skipcoder.token_batches(str(text), *source, seed=0)
-        start, n = time.perf_counter(), 0
-        while (took := time.perf_counter() - start) < 10:  # more than once all there is
-            n += next(batches).numel()
-        print(f"reading {files:10} {n / took:10,.0f} tokens/s with {os.cpu_count()} cores, when nothing else runs")
+    tokenizer = tiny_gpt2.train_tokenizer(texts, 8192)
+    batches = skipcoder.token_batches(str(folder), None, tokenizer, CTX_LEN, rows, seed=0)
 
     GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
     lm = skipcoder.load_lm(str(folder), device)
     _, blocks, mlp = skipcoder.find_mlp(lm, LAYER)
     del blocks[LAYER + 1 :]
     activations = skipcoder.MLPActivations(lm, mlp)
-    tokens = next(batches).to(device)
-    x, y = activations(tokens)
+    x, y = activations(next(batches).to(device))
     trainers = {arch: Trainer(Coder(arch, D, M, K).to(device), x, y, 1e-4, 1e9) for arch in ARCHS}
     print(f"{device}, {torch.get_num_threads()} threads, matmuls in {dtype}; {rows * CTX_LEN} tokens a step")
-    waited = []
 
     def step(archs):
-        start = time.perf_counter()
-        tokens = next(batches)
-        waited.append(time.perf_counter() - start)
-        x, y = activations(tokens.to(device))
+        x, y = activations(next(batches).to(device))
         for arch in archs:
             trainers[arch].step(x, y, 1)
 
@@ -128,33 +115,15 @@ def main():
 
     # the limit by matmul alone, at the rate of the encoder's own shape
     a, b = (torch.randn(n, D, device=device, dtype=dtype) for n in (N, M))
-    rate = 2 * N * D * M / timed(lambda: F.linear(a, b))
+    rate = 2 * N * D * M / timed(lambda: a @ b.T)
     flops = 2 * rows * CTX_LEN * (LAYER + 1) * 12 * D * D + 3 * 2 * N * D * M  # of three coders and their LM
     print(f"matmul {rate / 1e12:.2f} TFLOP/s; limit by matmul alone {rate * rows * CTX_LEN / flops:,.0f} tokens/s")
     print(f"three coders reach {flops / rate / median['three']:.0%} of it")
 
-    # the parts of one coder's step
-    coder = trainers["transcoder"].coder
-    W, b_enc, W_dec = coder.W_enc.detach().to(dtype), coder.b_enc.detach().to(dtype), coder.W_dec.detach()
-    pre = F.linear(x.to(dtype), W, b_enc)
-    z, indices = skipcoder.topk(pre, K)
-    z = z.relu().float()
-
-    def forward_backward():
-        with torch.autocast(device.type, torch.bfloat16, enabled=fast):
-            y_hat, *_ = coder(x, y)
-        (y - y_hat).square().sum().backward()
-
-    parts = {"data": statistics.median(waited), "LM forward": timed(lambda: activations(tokens))}
-    parts["encoder"] = timed(lambda: F.linear(x.to(dtype), W, b_enc))
-    parts["topk"] = timed(lambda: skipcoder.topk(pre, K))
-    parts["decoder"] = timed(lambda: F.embedding_bag(indices, W_dec, per_sample_weights=z, mode="sum"))
-    parts["backward"] = timed(forward_backward) - parts["encoder"] - parts["topk"] - parts["decoder"]
-    parts["optimizer"] = timed(trainers["transcoder"].optimizer.step)
-    times = {name: 1 if name in ("data", "LM forward") else 3 for name in parts}  # in a step of three coders
-    total = sum(times[name] * value for name, value in parts.items())
-    for name, value in parts.items():
-        print(f"{name:10} {1e3 * value:8.1f} ms, {times[name] * value / total:6.1%} of a step of three coders")
+    with torch.profiler.profile() as profile:
+        step(ARCHS)
+    sort_by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(profile.key_averages().table(sort_by=sort_by, row_limit=12))
     gpu = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU" if device.type == "cuda" else ""
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB{gpu}")
 

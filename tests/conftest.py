@@ -30,7 +30,7 @@ def device():
 def tiny(tmp_path_factory) -> Path:
     """A folder with a trained GPT-2 of 3 blocks, d 32, vocabulary 512 and context 32, and its text.jsonl."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    tiny_gpt2.make(folder, vocab_size=512, layers=3, d=32, heads=2, ctx_len=32, steps=300, max_documents=400)
+    tiny_gpt2.make(folder, vocab_size=512, layers=3, d=32, ctx_len=32, steps=300, max_documents=400)
     return folder
 
 def run(*command, **env) -> subprocess.CompletedProcess:

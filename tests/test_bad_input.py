@@ -66,16 +66,15 @@ DATA = {  # content of a file, and what the line says
     "broken.parquet": (b"PAR1 and no more", "arquet"),
     "torn.jsonl.gz": (gzip.compress(b'{"text": "many words"}' * 99)[:40], "ended before"),
     "words.docx": (b"words", ".parquet"),
+    "folder": (None, "any data files"),
 }
 
-@pytest.mark.parametrize("name", [*DATA, "folder"])
+@pytest.mark.parametrize("name", DATA)
 def test_data(train_fails, tmp_path, name):
-    (tmp_path / "folder").mkdir()
-    content, says = DATA.get(name, (b"", "any data files"))
-    if name in DATA:
-        (tmp_path / name).write_bytes(content)
-    line = train_fails("--dataset", tmp_path / name)
-    assert f"--dataset {tmp_path / name}: " in line and says in line
+    path, (content, says) = tmp_path / name, DATA[name]
+    path.mkdir() if content is None else path.write_bytes(content)
+    line = train_fails("--dataset", path)
+    assert f"--dataset {path}: " in line and says in line
 
 def test_out(train_fails, tmp_path):
     (tmp_path / "file").write_text("mine")
@@ -93,47 +92,43 @@ def test_as_a_user_meets_it(tiny, tmp_path):
         done = run("skipcoder.py", *args, "--out", tmp_path / "run", HF_HOME=str(tmp_path))
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and re.match(says, done.stderr), done.stderr
 
-@pytest.fixture
-def eval_fails(capfd):
-    return lambda *args: fails(evaluation, capfd, *args)
-
-def test_eval_flags(eval_fails, trained, tmp_path):
+def test_eval_flags(capfd, trained, tmp_path):
     values = {"--tokens": 0, "--latents": 0, "--json": tmp_path, "--html": "/proc/page.html", "--device": "abacus"}
     for flag, value in (values | {"--dataset": "no-such-data"}).items():
-        assert flag in eval_fails(trained, flag, value)
+        assert flag in fails(evaluation, capfd, trained, flag, value)
 
-def test_eval_runs_that_are_none(eval_fails, trained, tmp_path):
+def test_eval_runs_that_are_none(capfd, trained, tmp_path):
     copy = shutil.copytree(trained, tmp_path / "copy")
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "nothing", tmp_path / "empty"):
-        line = eval_fails(folder)
+        line = fails(evaluation, capfd, folder)
         assert f"RUN {folder}: " in line and "pass a folder that skipcoder.py wrote" in line
     tensors = copy / "transcoder/h.1.mlp/sae.safetensors"
     whole = tensors.read_bytes()
     for content in (whole[:1000], whole[:-1000], b""):
         tensors.write_bytes(content)
-        assert f"RUN {copy}: " in eval_fails(copy)
+        assert f"RUN {copy}: " in fails(evaluation, capfd, copy)
     tensors.unlink()
-    assert "transcoder/h.1.mlp" in eval_fails(copy)
+    assert "transcoder/h.1.mlp" in fails(evaluation, capfd, copy)
     for content in ('{"arch": ["sae"', "[]", "{}"):
         (copy / "config.json").write_text(content)
-        assert f"RUN {copy}: " in eval_fails(copy)
+        assert f"RUN {copy}: " in fails(evaluation, capfd, copy)
 
-def test_eval_model_gone_or_changed(eval_fails, trained, tmp_path):
+def test_eval_model_gone_or_changed(capfd, trained, tmp_path):
     copy = shutil.copytree(trained, tmp_path / "copy")
     wide, config = tmp_path / "wide", json.loads((copy / "config.json").read_text())
-    tiny_gpt2.make(wide, vocab_size=512, layers=2, d=16, heads=2, ctx_len=32, steps=2, max_documents=100)
+    tiny_gpt2.make(wide, vocab_size=512, layers=2, d=16, ctx_len=32, steps=2, max_documents=100)
     (copy / "config.json").write_text(json.dumps(config | {"model": str(wide)}))
-    assert "16 wide" in eval_fails(copy, "--tokens", 2000)
+    assert "16 wide" in fails(evaluation, capfd, copy, "--tokens", 2000)
     (copy / "config.json").write_text(json.dumps(config | {"model": str(tmp_path / "gone")}))
-    line = eval_fails(copy)
+    line = fails(evaluation, capfd, copy)
     assert "RUN" in line and f"{tmp_path}/gone" in line
 
-def test_eval_data(eval_fails, trained, tmp_path):
+def test_eval_data(capfd, trained, tmp_path):
     """Of either side of the split there has to be a row."""
     texts, path = [f"{i} and many words " * 40 for i in range(60)], tmp_path / "text.jsonl"
     for side, says in ((True, "training documents"), (False, "held-out documents")):
         kept = [json.dumps({"text": text}) for text in texts if skipcoder.in_split(text, side)]
         path.write_text("\n".join(kept))
-        line = eval_fails(trained, "--dataset", path, "--tokens", 100)
+        line = fails(evaluation, capfd, trained, "--dataset", path, "--tokens", 100)
         assert "--dataset" in line and says in line

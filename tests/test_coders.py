@@ -52,9 +52,6 @@ def make_data(device, scale_x=1.0, scale_y=1.0):
     y = torch.tanh(x @ torch.randn(d, d, device=device)) + 0.5
     return (x + 3) * scale_x, y * scale_y
 
-def root_mean_square(a):
-    return (a - a.mean(0)).square().mean().sqrt().item()
-
 @pytest.mark.parametrize("arch", ARCHS)
 def test_start(arch, device):
     """Transcoders start as the constant mean of y (FVU 1), the autoencoder with W_dec = W_enc of unit rows."""
@@ -105,7 +102,8 @@ def test_a_dead_latent_has_its_bias_raised_until_it_fires(arch, device):
     """By WAKE s_z lr_factor a step, once it was silent for `dead_after` tokens; nothing else moves, as lr is 0."""
     x, y = make_data(device, 3, 0.2)
     trainer = Trainer(coder := Coder(arch, d, M, k).to(device), x, y, 0.0, dead_after=4000)
-    s_z, dead = root_mean_square(y if arch == "sae" else x), 7
+    read, dead = y if arch == "sae" else x, 7
+    s_z = (read - read.mean(0)).square().mean().sqrt().item()
     coder.b_enc.data[dead] -= 10 * s_z
     start = coder.b_enc.data.clone()
     for _ in range(12):  # two steps of silence, ten of rising
@@ -121,3 +119,10 @@ def test_a_dead_latent_has_its_bias_raised_until_it_fires(arch, device):
     fired = coder.b_enc[dead].item()
     trainer.step(x, y, 1)
     assert coder.b_enc[dead].item() == fired > start[dead].item()
+
+def test_the_autoencoder_steps_along_the_sphere(device):
+    x, y = torch.randn(2, 64, d, device=device)
+    trainer = Trainer(Coder("sae", d, M, k).to(device), x, y, 1e-2, 1e9)
+    W = trainer.coder.W_dec.detach().clone()
+    trainer.step(x, y, 1)
+    assert (trainer.coder.W_dec.grad * W).sum(1).abs().max() < 1e-4 * trainer.coder.W_dec.grad.norm(dim=1).max()

@@ -1,4 +1,4 @@
-"""eval.py: its numbers against dense float64 computations, its proxy against planted latents, its page."""
+"""eval.py: its numbers against dense float64 computations, its proxy against planted latents, its page; README.md."""
 
 import argparse
 import contextlib
@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import flags, run_here
+from conftest import ROOT, run_here
 from test_coders import dense_forward
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -127,39 +127,31 @@ def test_numbers_equal_a_dense_float64_computation(trained, tiny, device, monkey
 
 # The proxy on hidden states that we make up: 512 token types, whose hidden states are 512 directions and noise.
 
-@pytest.fixture(scope="module")
-def planted():
+def score(types: int, shared: float = 0, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Of latents that each stand for so many token types, and the size of what all hidden states share."""
     generator = torch.Generator().manual_seed(0)
     kind = torch.randint(512, (60_000,), generator=generator)  # [N] the type of each token
-    directions = torch.randn(512, 64, generator=generator)
-    hidden = directions[kind] + 0.5 * torch.randn(len(kind), 64, generator=generator)
-    return kind, hidden
-
-def score(kind, hidden, types: int) -> float:
-    """Of latents that each stand for so many token types."""
-    generator = torch.Generator().manual_seed(1)
+    directions = torch.randn(512, 64, generator=generator) + shared * torch.randn(64, generator=generator)
+    hidden = (directions[kind] + 0.5 * torch.randn(len(kind), 64, generator=generator)).to(dtype)
     active = {j: ((kind // types == j).nonzero().flatten(), None) for j in range(512 // types)}
     found = evaluation.intruder_trials(active, hidden, hidden.float().mean(0), generator)
     return evaluation.summary(found)["intruder"]
 
-def test_planted_latents_score_near_one_and_merging_lowers_the_score(planted):
-    kind, hidden = planted
-    scores = [score(kind, hidden.bfloat16(), types) for types in (1, 2, 4, 8)]
+def test_planted_latents_score_near_one_and_merging_lowers_the_score():
+    scores = [score(types) for types in (1, 2, 4, 8)]
     assert scores[0] > 0.97
     assert all(high > low + 0.03 for high, low in zip(scores, scores[1:]))
 
-def test_contexts_are_centred(planted):
+def test_contexts_are_centred():
     """What all hidden states share is taken away: it would hide what distinguishes them."""
-    kind, hidden = planted
-    assert score(kind, hidden + 1e5 * torch.randn(64, generator=torch.Generator().manual_seed(3)), 1) > 0.95
+    assert score(1, shared=1e5, dtype=torch.float32) > 0.95
 
-def test_trials_show_four_tokens_of_a_fifth_and_an_intruder_on_which_the_latent_is_silent(planted, monkeypatch):
+def test_trials_show_four_tokens_of_a_fifth_and_an_intruder_on_which_the_latent_is_silent(monkeypatch):
     """Each latent is active on most tokens, so that an intruder drawn from all would be an active one."""
-    _, hidden = planted
     generator = torch.Generator().manual_seed(0)
     active = {j: (torch.randperm(600, generator=generator)[:500], torch.linspace(9, 1, 500)) for j in range(20)}
     monkeypatch.setattr(evaluation, "intruder_found", lambda shown, hidden, mean: shown)
-    shown = evaluation.intruder_trials(active, hidden[:600], hidden.mean(0), generator)
+    shown = evaluation.intruder_trials(active, torch.zeros(600, 64), torch.zeros(64), generator)
     assert shown.shape == (20, 10, 5)
     for trials, (tokens, _) in zip(shown, active.values()):
         for t, trial in enumerate(trials.tolist()):
@@ -252,3 +244,29 @@ def test_page(evaluated):
             assert levels[peak] == "9" and data["text"][words[peak]] == evaluation.legible(tokenizer, token)
             for fifth, peak, words, levels in contexts:
                 assert len(words) == len(levels) and 0 <= peak < len(words)
+
+# What the README says is so.
+
+README = (ROOT / "README.md").read_text()
+
+def test_flags_are_those_of_help(capsys):
+    section = README.split("## Flags")[1].split("\n## ")[0]
+    table, eval_part = section.split("`eval.py RUN`")
+    for script, listed in ((skipcoder, table), (evaluation, eval_part.split("\n\n")[0])):
+        assert run_here(script, "--help") == 0
+        flags = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
+        assert set(re.findall(r"`(--[a-z-]+)", listed)) == flags
+
+def test_plain_pytorch_block_gives_our_y_hat(trained):
+    block = re.search(r"```python\n(.*?)```", README.split("In plain PyTorch")[1], re.DOTALL)[1]
+    block = re.sub(r"runs/[\w.-]+/skip_transcoder/[\w.]+\.mlp", str(trained / "skip_transcoder/h.1.mlp"), block)
+    x, y = torch.randn(2, 20, 32)
+    names = {"x": x}
+    exec(re.sub(r"topk\(\d+", "topk(4", block), names)
+    torch.testing.assert_close(names["y_hat"], load_run(trained)[1]["skip_transcoder"](x, y)[0])
+
+def test_commands_are_complete():
+    """Each script that the README runs exists, and CI runs the tests as it says."""
+    for script in set(re.findall(r"python (\S+\.py)", README)):
+        assert (ROOT / script).exists(), script
+    assert "python -m pytest -q tests" in (ROOT / ".ci/run").read_text()
