@@ -31,7 +31,7 @@ from collections import defaultdict
 from itertools import islice
 from pathlib import Path
 
-import skipcoder  # before torch: it sets what torch's threads do while they wait
+import skipcoder
 from skipcoder import Coder, blame
 import torch
 import transformers
@@ -277,7 +277,7 @@ COLUMNS = {  # of the table, by the number of the report that each is about
     "dead": ("dead", "{dead:.1%}"),
     "ce_increase": ("CE increase", "{ce_increase:.4f} ± {ce_increase_se:.4f}"),
     "ce_recovered": ("recovered", "{ce_recovered:.1%}"),
-    "kl": ("KL", "{kl:.4f} ± {kl_se:.4f}"),
+    "kl": ("KL", "{kl:.5f} ± {kl_se:.5f}"),
     "intruder": ("intruder", "{intruder:.3f} ± {intruder_se:.3f}"),
     "intruder_by_quantile": ("top → lowest", "{intruder_by_quantile[0]:.2f} → {intruder_by_quantile[4]:.2f}"),
 }

@@ -37,7 +37,6 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads leave their core to others while they wait
 import datasets.distributed
 import torch
 import torch.nn.functional as F
@@ -265,10 +264,10 @@ class Trainer:
             group["lr"] = self.lr * lr_factor * group["unit"]
         if coder.arch == "sae":  # rows of W_dec stay unit vectors: step along the sphere, then back onto it
             W, grad = coder.W_dec.data, coder.W_dec.grad  # [M, d]
-            grad -= (grad * W).sum(1, keepdim=True) * W
+            grad -= torch.linalg.vecdot(grad, W)[:, None] * W
         self.optimizer.step()
         if coder.arch == "sae":
-            coder.W_dec.data = F.normalize(coder.W_dec.data)
+            W /= W.norm(dim=1, keepdim=True)
         coder.b_enc.data += WAKE * self.s_z * lr_factor * dead
 
 def train(args: argparse.Namespace):

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import skipcoder  # before torch: it sets what torch's threads do while they wait
+import skipcoder
 import tiny_gpt2
 import torch
 from skipcoder import ARCHS, Coder, Trainer

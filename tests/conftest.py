@@ -15,7 +15,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 ALONE = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # of processes: the CPU and one thread
 
-import skipcoder  # noqa: E402  before torch
+import skipcoder  # noqa: E402
 import tiny_gpt2  # noqa: E402
 import torch  # noqa: E402
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from skipcoder import in_split, pack  # before torch: it sets what torch's threads do while they wait
+from skipcoder import in_split, pack
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
