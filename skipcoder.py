@@ -55,7 +55,7 @@ class Coder(nn.Module):
         self.arch, self.k = arch, k
         W = F.normalize(torch.randn(num_latents, d, generator=torch.Generator().manual_seed(seed)))
         self.W_enc = nn.Parameter(W)  # random unit rows, for one seed the same in every architecture
-        self.b_enc = nn.Parameter(torch.zeros(num_latents))
+        self.b_enc = nn.Parameter(torch.zeros(num_latents))  # Trainer centres it, and b_dec, on the first batch
         # an autoencoder starts with W_dec = W_enc, since its latents should write what they read. What a transcoder's
         # should write is not known: it starts with nothing, and W_enc gets its gradient once W_dec has moved
         self.W_dec = nn.Parameter(W.clone() if arch == "sae" else torch.zeros_like(W))
@@ -64,7 +64,7 @@ class Coder(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return y_hat [N, d], predicted from x or y [N, d]; and of the latents used the acts and indices, [N, k]."""
-        read = y - self.b_dec if self.arch == "sae" else x  # never x - b_dec: b_dec is the mean of y
+        read = y - self.b_dec if self.arch == "sae" else x  # never x - b_dec: b_dec starts as the mean of y
         pre, indices = TopKEncoder.apply(read, self.W_enc, self.b_enc, self.k)  # [N, d], [M, d] -> [N, k] each
         acts = pre.relu()
         y_hat = F.embedding_bag(indices, self.W_dec, per_sample_weights=acts, mode="sum") + self.b_dec  # -> [N, d]
@@ -151,7 +151,7 @@ def token_batches(dataset: str, subset: str | None, tokenizer, ctx_len, rows, he
         stream = documents(dataset, subset).filter(in_split, input_columns=["text"], fn_kwargs={"held_out": held_out})
         packing = {"batched": True, "batch_size": 100, "fn_kwargs": {"tokenizer": tokenizer, "ctx_len": ctx_len}}
         stream = stream.map(pack, input_columns=["text"], remove_columns=["text"], **packing)
-    if endless := seed is not None:
+    if endless := (seed is not None):
         stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
         stream = datasets.distributed.split_dataset_by_node(stream, RANK, WORLD)
     readers = max(1, min(stream.num_shards, os.cpu_count() // WORLD - 1))  # shards: files, or parts of a hub data set
@@ -176,6 +176,7 @@ def token_batches(dataset: str, subset: str | None, tokenizer, ctx_len, rows, he
     return batches()
 
 def leave_group(_reader: int):
+    sys.excepthook = lambda *_: None  # what matters is raised in the main process; when that has stopped, nothing does
     if hasattr(os, "setpgrp"):  # a signal to the whole group, such as Ctrl-C, is for the main process to act on
         os.setpgrp()
 
@@ -255,15 +256,16 @@ class Trainer:
         self.optimizer.zero_grad()
         (squared_error / variance).backward()
         active = torch.zeros_like(coder.b_enc).index_add_(0, indices.flatten(), acts.detach().flatten())  # [M]
-        for tensor in (active, *(p.grad for p in coder.parameters())) if WORLD > 1 else ():
-            torch.distributed.all_reduce(tensor)
+        if WORLD > 1:
+            for tensor in (active, *(p.grad for p in coder.parameters())):
+                torch.distributed.all_reduce(tensor)
         dead = self.silent >= self.dead_after  # [M]
         self.silent = torch.where(active > 0, 0, self.silent + len(x) * WORLD)
         self.sums += torch.stack([squared_error.detach(), variance])
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * lr_factor * group["unit"]
+        W, grad = coder.W_dec.data, coder.W_dec.grad  # [M, d]
         if coder.arch == "sae":  # rows of W_dec stay unit vectors: step along the sphere, then back onto it
-            W, grad = coder.W_dec.data, coder.W_dec.grad  # [M, d]
             grad -= torch.linalg.vecdot(grad, W)[:, None] * W
         self.optimizer.step()
         if coder.arch == "sae":
@@ -283,7 +285,7 @@ def train(args: argparse.Namespace):
     first = next(batches).to(args.device)
     if WORLD > 1:
         torch.distributed.broadcast(first, 0)  # so that all start the same
-    x, y = activations(first)  # [rows * (ctx_len - 1), d] each
+    x, y = activations(first)  # [rows * (ctx_len - 1), d] each: where the coders start, not trained on
     d, M = y.shape[1], args.expansion * y.shape[1]
     if args.k > M:
         sys.exit(f"error: --k {args.k}: there are {M} latents (--expansion {args.expansion} x {d})")

@@ -88,7 +88,6 @@ def main():
     x, y = activations(next(batches).to(device))
     trainers = {arch: Trainer(Coder(arch, D, M, K).to(device), x, y, 1e-4, 1e9) for arch in ARCHS}
     print(f"{device}, {torch.get_num_threads()} threads, matmuls in {dtype}; {rows * CTX_LEN} tokens a step")
-
     def step(archs):
         x, y = activations(next(batches).to(device))
         for arch in archs:

@@ -46,7 +46,7 @@ def test_report(evaluated, trained):
     assert len({(len(line), line.count("|")) for line in table}) == 1
     assert [line.split()[1] for line in table[2:]] == [*ARCHS, *keys]
     sae = report["coders"]["sae"]
-    assert f"{sae['fvu']:.4f}" in stdout and f"{sae['kl']:.4f} ± {sae['kl_se']:.4f}" in stdout
+    assert f"{sae['fvu']:.4f}" in stdout and f"{sae['kl']:.5f} ± {sae['kl_se']:.5f}" in stdout
     assert f"{report['tokens']:,} held-out tokens" in stdout and f"{report['clean_ce']:.4f}" in stdout
     assert "stopped early" not in stdout and "fewer held-out tokens" not in stdout
 

@@ -178,7 +178,6 @@ for trainer in seen:  # what a run leaves on this rank is what it leaves on the 
         torch.distributed.all_gather(both, p.data)
         assert torch.equal(*both)
 Trainer.__init__ = init
-
 start, x, y = torch.randn(3, 64, 8, generator=torch.Generator().manual_seed(0)) * 3 + 1
 halves = slice(0, 32), slice(32, 64)
 for arch in ARCHS:
@@ -195,11 +194,13 @@ for arch in ARCHS:
             ((y[half] - y_hat).square().sum() / (y[half] - y[half].mean(0)).square().sum()).backward()
         for group in one.optimizer.param_groups:
             group["lr"] = 1e-2 * group["unit"]
+        W = one.coder.W_dec
+        W.grad -= (W.grad * W.data).sum(1, keepdim=True) * W.data * (arch == "sae")
         one.optimizer.step()
         one.coder.b_enc.data += WAKE * one.s_z * (one.silent >= 60)
         one.silent = torch.where(active, 0, one.silent + 64)
         if arch == "sae":
-            one.coder.W_dec.data = F.normalize(one.coder.W_dec.data)
+            W.data = F.normalize(W.data)
     assert one.silent[7] == 4 * 64
     for p, q in zip((*trainer.coder.parameters(), trainer.silent), (*one.coder.parameters(), one.silent)):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
