@@ -346,7 +346,8 @@ def page(report: dict, seen: Tensor, latents: dict, tokenizer) -> str:
             coders[name].append([*numbers, contexts])
     data = json.dumps({"text": [legible(tokenizer, token) for token in vocabulary], "coders": coders})
     parts = {"TITLE": html.escape(f"{Path(report['run']['model']).name} {report['run']['hookpoint']}")}
-    rows = [[f'<td title="{head}">{html.escape(c)}' for head, c in zip(["", *COLUMNS], row)] for row in table(report)]
+    cells = table(report)
+    rows = [[f'<td title="{head}">{html.escape(c)}' for head, c in zip(cells[0], row)] for row in cells]
     parts["RESULTS"] = "".join("<tr>" + "".join(row) for row in rows)
     parts["NOTES"] = "".join(f"<p>{html.escape(line)}" for line in remarks(report))
     parts["DATA"] = data.replace("<", "\\u003c")  # no document's text is taken for a tag
