@@ -19,6 +19,8 @@ untrained transcoder and random tokens for the last. What counts in a row of T t
     position            0    1    2   ...   T-2   T-1
     x, y, latents            *    *   ...    *     *
     predicts position        2    3   ...   T-1
+
+Nor do outliers count, tokens whose |y| is over the run's max_norm: when the LM is patched, the true y stays there.
 """
 
 import argparse
@@ -77,19 +79,30 @@ class PatchedLM:
 class Losses:
     """What each thing in the MLP's place costs: its squared error, and per row of tokens the mean CE and KL."""
     def __init__(self):
-        self.tokens, self.y = 0, 0.0  # how many there are, and the sum of their y [d]
-        self.error, self.ce, self.kl = defaultdict(float), defaultdict(list), defaultdict(list)
+        self.tokens, self.y = 0, 0  # how many there are [2], and the sum of their y [2, d]: those that count, and all
+        self.error, self.ce, self.kl = defaultdict(int), defaultdict(list), defaultdict(list)  # errors are [2], too
 
-    def add(self, name: str, tokens: Tensor, log_p: Tensor, log_q: Tensor):
+    def add_errors(self, counts: Tensor, y: Tensor, y_hats: dict[str, Tensor]):
+        """y and each y_hat [N, d]; counts [2, N]: which of these tokens do."""
+        counts = counts.double()
+        self.tokens += counts.sum(1)
+        self.y += counts @ y.double()
+        for name, y_hat in y_hats.items():
+            self.error[name] += counts @ (y - y_hat).square().sum(1, dtype=torch.float64)
+
+    def add_predictions(self, name: str, tokens: Tensor, log_p: Tensor, log_q: Tensor):
         """log_p, log_q [rows, ctx_len - 2, vocab]: log-probabilities of the clean LM, and with `name` in place."""
         self.ce[name] += (-log_q.gather(-1, tokens[:, 2:, None])).squeeze(-1).double().mean(1).tolist()
         self.kl[name] += torch.linalg.vecdot(log_p.exp(), log_p - log_q).double().mean(1).tolist()
 
+    def variance(self) -> Tensor:
+        return self.error["zero"] - self.y.square().sum(1) / self.tokens  # [2]: sum |y|^2 - n |mean(y)|^2
+
     def report(self, name: str) -> dict[str, float]:
-        variance = self.error["zero"] - self.y.square().sum().item() / self.tokens  # sum |y|^2 - n |mean(y)|^2
+        fvu, fvu_all = (self.error[name] / self.variance()).tolist()
         rows = self.ce[name], self.ce["clean"], self.ce["mean"], self.kl[name]
         ce, clean, mean, kl = (torch.tensor(numbers, dtype=torch.float64) for numbers in rows)
-        row = {"fvu": self.error[name] / variance, "ce": ce.mean().item(), "ce_increase": (ce - clean).mean().item()}
+        row = {"fvu": fvu, "fvu_all": fvu_all, "ce": ce.mean().item(), "ce_increase": (ce - clean).mean().item()}
         row |= {"ce_increase_se": standard_error(ce - clean), "kl": kl.mean().item(), "kl_se": standard_error(kl)}
         return row | {"ce_recovered": ((mean - ce).mean() / (mean - clean).mean()).item()}
 
@@ -193,8 +206,10 @@ def summary(found: Tensor) -> dict:
 # ---- One pass over training tokens, one over held-out tokens --------------------------------------------------------
 
 def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]:
-    """Return the report and what --html shows: the tokens [rows, ctx_len] and the scored latents by coder."""
-    device, ctx_len, d, k = args.device, config["ctx_len"], config["d"], config["k"]
+    """Return the report and what the page shows: tokens [rows, ctx_len], the places of those that count, latents."""
+    device, ctx_len, d, M = args.device, config["ctx_len"], config["d"], config["num_latents"]
+    max_norm = config.get("max_norm", math.inf)
+    k = sorted(coder.k for coder in coders.values())[len(coders) // 2]  # of the baselines: the middle one of several
     rows = max(1, 2048 // ctx_len)  # in a batch: log-probabilities over the vocabulary are large
     batches = math.ceil(args.tokens / rows / (ctx_len - 1))  # position 0 does not count
     to_fit = max(batches, math.ceil(100 * d / rows / ctx_len))  # fewer would overfit the affine map by over 1%
@@ -212,46 +227,46 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
     later = blocks[config["layer"] + 1 :]
     del blocks[config["layer"] + 1 :]  # they need not run for this
     training = tqdm(islice(training, to_fit), "affine map", to_fit, leave=False)
-    A, b, x_mean, y_mean = fit_affine(skipcoder.MLPActivations(lm, mlp), training, device)
+    A, b, x_mean, y_mean = fit_affine(skipcoder.MLPActivations(lm, mlp, max_norm), training, device)
     blocks.extend(later)
-    untrained = Coder("transcoder", d, config["num_latents"], k, seed=args.seed + 1).to(device).requires_grad_(False)
+    untrained = Coder("transcoder", d, M, k, seed=args.seed + 1).to(device).requires_grad_(False)
     untrained.b_enc.data = -(untrained.W_enc @ x_mean)  # [M, d] @ [d] -> [M]
 
-    patched, losses, activity = PatchedLM(lm, config["layer"]), Losses(), {}
-    seen, hidden = [], []  # the rows read, and the last hidden state of each token that counts
+    patched, losses, activity, n = PatchedLM(lm, config["layer"]), Losses(), {}, 0
+    seen, places, hidden = [], [], []  # rows read; of each token that counts its place in them, and its hidden state
     for tokens in tqdm(islice(held_out, batches), "held-out", batches, leave=False):
+        predicts = len(losses.ce["clean"]) * (ctx_len - 1) < CE_TOKENS
         seen.append(tokens.int())
         tokens = tokens.to(device)
-        predicts = len(losses.ce["clean"]) * (ctx_len - 1) < CE_TOKENS
         log_p = patched(tokens, logits=predicts)
-        true_y, tapped = patched.y, (patched.x, patched.y, patched.neurons, patched.hidden)
-        x, y, neurons, h = (a[:, 1:].flatten(0, 1).float() for a in tapped)  # [N, width] each
-        hidden.append(h.bfloat16().cpu())
-        if predicts:
-            losses.add("clean", tokens, log_p, log_p)
+        tapped = patched.x, patched.y, patched.neurons, patched.hidden
+        x, y, neurons, h = (a.flatten(0, 1).float() for a in tapped)  # [N, width] each, N = rows * ctx_len
+        no_sink = torch.arange(len(y), device=device) % ctx_len > 0  # [N]
+        counts = no_sink & (y.norm(dim=1) <= max_norm)
+        places.append(counts.cpu().nonzero().flatten() + (len(seen) - 1) * rows * ctx_len)
+        hidden.append(h[counts].bfloat16().cpu())
 
         with torch.autocast(device.type, torch.bfloat16, enabled=skipcoder.fast_bfloat16(device)):
             coded = {name: coder(x, y) for name, coder in (coders | {"untrained": untrained}).items()}
         active = {name: (acts, indices) for name, (_, acts, indices) in coded.items()}
         active["neurons"] = neurons.topk(min(k, neurons.shape[1]), sorted=False)
         for name, (acts, indices) in active.items():
-            num_latents = neurons.shape[1] if name == "neurons" else config["num_latents"]
-            new = Activity(num_latents, args.latents, args.seed)
-            activity.setdefault(name, new).add(acts, indices, losses.tokens)
-        losses.tokens += len(y)
-        losses.y += y.sum(0, dtype=torch.float64).cpu()
+            new = Activity(neurons.shape[1] if name == "neurons" else M, args.latents, args.seed)
+            activity.setdefault(name, new).add(acts[counts], indices[counts], n)
+        n += len(places[-1])
 
         y_hats = {name: coded[name][0] for name in coders}
         y_hats |= {"affine": x @ A + b, "mean": y_mean.expand_as(y), "zero": torch.zeros_like(y)}
-        for name, y_hat in y_hats.items():
-            losses.error[name] += (y - y_hat).square().sum(dtype=torch.float64).item()
-            if predicts:  # position 0 keeps its true output
-                in_place = torch.cat([true_y[:, :1], y_hat.view_as(true_y[:, 1:]).to(true_y.dtype)], 1)
-                losses.add(name, tokens, log_p, patched(tokens, in_place))
+        losses.add_errors(torch.stack([counts, no_sink]), y, y_hats)
+        if predicts:
+            losses.add_predictions("clean", tokens, log_p, log_p)
+            for name, y_hat in y_hats.items():
+                in_place = torch.where(counts[:, None], y_hat, y).view_as(patched.y)
+                losses.add_predictions(name, tokens, log_p, patched(tokens, in_place))
     if not seen:
         sys.exit(f"error: --dataset {args.dataset}: too little text, its held-out documents fill no row of {ctx_len}")
 
-    n, hidden, latents, found = losses.tokens, torch.cat(hidden), {}, {}
+    hidden, latents, found = torch.cat(hidden), {}, {}
     mean = hidden.float().mean(0)
     for name, a in activity.items():
         latents[name] = a.sample(n)
@@ -262,13 +277,17 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
     report = {"tokens": n, "run": {key: config[key] for key in IN_REPORT} | {"tokens_asked_for": args.tokens}}
     keys = {"clean": "clean_ce", "mean": "mean_ablated_ce", "zero": "zero_ablated_ce"}
     report |= {key: losses.report(name)["ce"] for name, key in keys.items()}
+    tokens, variance = (1 - pair[0] / pair[1] for pair in (losses.tokens, losses.variance()))
+    report["outliers"] = {"tokens": tokens.item(), "variance": variance.item()}  # the shares that were left out
     report["coders"] = {name: losses.report(name) | summary(found[name]) for name in coders}
     for name, row in report["coders"].items():
+        row |= {"arch": coders[name].arch, "k": coders[name].k}
         row |= {"l0": density[name].sum().item(), "dead": (density[name] == 0).double().mean().item()}
     report["baselines"] = {"affine": losses.report("affine")}
-    report["baselines"] |= {name: summary(found[name]) for name in ("neurons", "untrained", "null")}
+    report["baselines"] |= {name: summary(found[name]) | {"k": k} for name in ("neurons", "untrained")}
+    report["baselines"]["null"] = summary(found["null"])
     shown = {name: (latents[name], found[name], density[name]) for name in (*coders, "neurons")}
-    return report, (torch.cat(seen), shown, tokenizer)
+    return report, (torch.cat(seen), torch.cat(places), shown, tokenizer)
 
 # ---- The report as text ---------------------------------------------------------------------------------------------
 COLUMNS = {  # of the table, by the number of the report that each is about
@@ -298,10 +317,12 @@ def markdown(cells: list[list[str]]) -> str:
 def remarks(report: dict) -> list[str]:
     """What was evaluated, on what, how to read the table, and what is missing."""
     run, versions = report["run"], ", ".join(map(" ".join, report["run"]["versions"].items()))
-    rows = report["coders"] | report["baselines"]
+    rows, left_out = report["coders"] | report["baselines"], report["outliers"]
+    ks = ", ".join(map(str, sorted({row["k"] for row in report["coders"].values()})))
+    ks += f" (neurons and untrained {report['baselines']['neurons']['k']})" if "," in ks else ""
     too_few = [name for name, row in rows.items() if row.get("latents_scored", 2) < 2]
     lines = [
-        f"{run['hookpoint']} of {run['model']}: M {run['num_latents']:,}, k {run['k']}, seed {run['seed']}, trained on"
+        f"{run['hookpoint']} of {run['model']}: M {run['num_latents']:,}, k {ks}, seed {run['seed']}, trained on"
         f" {run['tokens_trained']:,} tokens of {run['dataset']} with {versions}.",
         f"{report['tokens']:,} held-out tokens; cross-entropy clean {report['clean_ce']:.4f}, with the mean of y in the"
         f" MLP's place {report['mean_ablated_ce']:.4f}, with zero {report['zero_ablated_ce']:.4f} nats/token.",
@@ -310,6 +331,10 @@ def remarks(report: dict) -> list[str]:
         " 0%. Intruder: how often the odd one out of five contexts is found; chance is 0.2, which null should be within"
         " 3 standard errors of; compare with neurons and untrained. ±: standard error, over rows of text or latents.",
     ]
+    if left_out["tokens"] > 0:
+        fvu_all = ", ".join(f"{name} {row['fvu_all']:.4f}" for name, row in rows.items() if "fvu_all" in row)
+        share = f"{left_out['tokens']:.2%} of the tokens, which hold {left_out['variance']:.1%} of the variance of y"
+        lines.append(f"Left out as outliers: {share}. FVU with them: {fvu_all}.")
     if run["tokens_trained"] < run["tokens"]:
         lines.append(f"The run was stopped early: {run['tokens']:,} tokens were asked for.")
     if report["tokens"] < run["tokens_asked_for"]:
@@ -326,21 +351,22 @@ def legible(tokenizer, token: int) -> str:
     text = tokenizer.decode([token]).replace("\n", "↵").replace("\t", "⇥")
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text) or "∅"
 
-def page(report: dict, seen: Tensor, latents: dict, tokenizer) -> str:
+def page(report: dict, seen: Tensor, places: Tensor, latents: dict, tokenizer) -> str:
     """One self-contained HTML page. Per latent eight contexts, four of the largest activations and a random one of each
     lower fifth, as [fifth, position of the peak, tokens, activations on a scale of 0 to 9]."""
-    vocabulary, random, width = {}, torch.Generator().manual_seed(0), seen.shape[1] - 1
+    vocabulary, random, width = {}, torch.Generator().manual_seed(0), seen.shape[1]
     coders = {name: [] for name in latents}
     for name, (active, found, density) in latents.items():
         for (latent, (tokens, acts)), right in list(zip(active.items(), found))[:MOST]:
+            tokens = places[tokens]
             level = dict(zip(tokens.tolist(), (acts / acts.max() * 9).round().int().tolist()))
             fifths, contexts = tokens.tensor_split(FIFTHS), []
             for q in (0, 0, 0, 0, 1, 2, 3, 4):
                 i = len(contexts) if q == 0 else torch.randint(len(fifths[q]), (), generator=random)
-                row, column = divmod(fifths[q][i].item(), width)  # the sample counts from position 1 of each row
-                first, last = max(column - BEFORE, -1), min(column + AFTER, width - 1)
-                words = [vocabulary.setdefault(t, len(vocabulary)) for t in seen[row, first + 1 : last + 2].tolist()]
-                levels = [level.get(row * width + c, 0) if c >= 0 else 0 for c in range(first, last + 1)]
+                row, column = divmod(fifths[q][i].item(), width)
+                first, last = max(column - BEFORE, 0), min(column + AFTER, width - 1)
+                words = [vocabulary.setdefault(t, len(vocabulary)) for t in seen[row, first : last + 1].tolist()]
+                levels = [level.get(row * width + c, 0) for c in range(first, last + 1)]
                 contexts.append([q, column - first, words, "".join(map(str, levels))])
             numbers = [latent, right.double().mean().item(), density[latent].item(), acts.max().item()]
             coders[name].append([*numbers, contexts])

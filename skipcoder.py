@@ -204,13 +204,16 @@ def find_mlp(lm: nn.Module, layer: int) -> tuple[str, nn.ModuleList, nn.Module]:
         sys.exit(f"error: --layer {layer}: {type(blocks[layer]).__name__} has no dense .mlp")
     return f"{name}.{layer}.mlp", blocks, mlp
 
+OUTLIER = 10  # tokens whose |y| is over so many times the median are left out
+
 class MLPActivations:
     """Call it with tokens [rows, ctx_len] to get the MLP's input x and output y there, each [rows * (ctx_len - 1), d].
 
-    Position 0 of each row is left out: LMs park attention there, with a huge norm that says nothing of the text.
+    Position 0 of each row is left out: LMs park attention there, with a huge norm that says nothing of the text. Some
+    do so on a few other tokens as well. The first call finds the largest |y| that counts, unless it is given.
     """
-    def __init__(self, lm: nn.Module, mlp: nn.Module):
-        self.lm = lm
+    def __init__(self, lm: nn.Module, mlp: nn.Module, max_norm: float | None = None):
+        self.lm, self.max_norm = lm, max_norm
         mlp.register_forward_hook(self.hook)
 
     def hook(self, mlp, args, output):
@@ -221,7 +224,13 @@ class MLPActivations:
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         self.lm.base_model(tokens, use_cache=False)
-        return self.x[:, 1:].flatten(0, 1).float(), self.y[:, 1:].flatten(0, 1).float()
+        x, y = (a[:, 1:].flatten(0, 1).float() for a in (self.x, self.y))
+        norm = y.norm(dim=1)  # [N]
+        self.max_norm = self.max_norm or OUTLIER * norm.median().item()
+        counts, index = norm <= self.max_norm, torch.arange(len(y), device=y.device)
+        # in place of an outlier comes the last token before it that is none (or the first of all): no sizes change
+        index = torch.where(counts, index, counts.int().argmax()).cummax(0).values
+        return x[index], y[index]
 
 # ---- Training -------------------------------------------------------------------------------------------------------
 WARM_UP, DECAY = 0.05, 0.5  # shares of the steps over which the learning rate rises at the start and falls at the end
@@ -287,15 +296,17 @@ def train(args: argparse.Namespace):
         torch.distributed.broadcast(first, 0)  # so that all start the same
     x, y = activations(first)  # [rows * (ctx_len - 1), d] each: where the coders start, not trained on
     d, M = y.shape[1], args.expansion * y.shape[1]
-    if args.k > M:
-        sys.exit(f"error: --k {args.k}: there are {M} latents (--expansion {args.expansion} x {d})")
+    names = coder_names(args.arch, args.k)
+    if (k := max(k for _, k in names.values())) > M:
+        sys.exit(f"error: --k {k}: there are {M} latents (--expansion {args.expansion} x {d})")
     with blame(f"--expansion {args.expansion}", "lower it"):  # what does not fit into memory
-        coders = {arch: Coder(arch, d, M, args.k, args.seed).to(args.device) for arch in args.arch}
+        coders = {name: Coder(arch, d, M, k, args.seed).to(args.device) for name, (arch, k) in names.items()}
         trainers = {name: Trainer(coder, x, y, args.lr, DEAD * args.tokens) for name, coder in coders.items()}
     step_tokens = args.batch_size * (args.ctx_len - 1)
     steps = math.ceil(args.tokens / step_tokens)
-    config = vars(args) | {"hookpoint": hookpoint, "d": d, "num_latents": M, "tokens_trained": 0}
+    config = vars(args) | {"hookpoint": hookpoint, "d": d, "num_latents": M, "max_norm": activations.max_norm}
     config |= {key: Path(config[key]).resolve() for key in ("model", "dataset") if Path(config[key]).exists()}
+    config["tokens_trained"] = 0
     config["versions"] = {library.__name__: library.__version__ for library in (torch, transformers, datasets)}
     if RANK == 0:
         print(f"{', '.join(coders)} at {hookpoint} of {args.model}: M {M:,}, k {args.k}; on {args.device} x {WORLD}")
@@ -339,6 +350,12 @@ def train(args: argparse.Namespace):
     sys.exit(0 if done else 130)
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
+def coder_names(archs: list[str], k: int | list[int]) -> dict[str, tuple[str, int]]:
+    """The architecture and k of each coder of a run, by its name."""
+    if isinstance(k, int):
+        return {arch: (arch, k) for arch in archs}
+    return {f"{arch}-k{number}": (arch, number) for arch in archs for number in sorted(k)}
+
 IN_FILES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}  # what EleutherAI's sparsify calls them
 
 def save_run(config: dict, coders: dict[str, Coder]):
@@ -358,11 +375,11 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[dict,
     """Return the config of a run directory and its coders by name. Ends the program if damaged."""
     with blame(f"RUN {run}", "pass a folder that skipcoder.py wrote, or train it again"):
         config, coders = json.loads((Path(run) / "config.json").read_text()), {}
-        for arch in config["arch"]:
-            coder = Coder(arch, config["d"], config["num_latents"], config["k"])
-            tensors = load_file(Path(run) / arch / config["hookpoint"] / "sae.safetensors")
-            coder.load_state_dict({name: tensors[IN_FILES.get(name, name)] for name in coder.state_dict()})
-            coders[arch] = coder.to(device).requires_grad_(False)
+        for name, (arch, k) in coder_names(config["arch"], config["k"]).items():
+            coder = coders[name] = Coder(arch, config["d"], config["num_latents"], k)
+            tensors = load_file(Path(run) / name / config["hookpoint"] / "sae.safetensors")
+            coder.load_state_dict({n: tensors[IN_FILES.get(n, n)] for n in coder.state_dict()})
+            coder.to(device).requires_grad_(False)
         return config, coders
 
 def write(flag: str, files: dict[Path, str | dict[str, Tensor]]):
@@ -397,8 +414,10 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.error = lambda message: sys.exit(f"error: {message}")  # one line, without the usage
     args = parser.parse_args()
     for name in ("expansion", "k", "tokens", "ctx_len", "batch_size", "lr", "latents"):
-        if (value := getattr(args, name, None)) is not None and not 0 < value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {value}: a number above 0 is needed")
+        given = getattr(args, name, None)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and not 0 < value < math.inf:
+                parser.error(f"--{name.replace('_', '-')} {value}: a number above 0 is needed")
     args.tokens = math.ceil(args.tokens)
     auto = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     with blame(f"--device {args.device}", "use cpu, cuda or auto"):
@@ -417,7 +436,7 @@ def main():
     flag("--subset", help="configuration of a hub data set (default: sample-10BT of the default data set)")
     flag("--arch", nargs="+", choices=ARCHS, default=list(ARCHS), help="coders to train (default: all three)")
     flag("--expansion", type=int, default=32, help="latents M as a multiple of the width d (default %(default)s)")
-    flag("--k", type=int, default=32, help="latents active per token (default %(default)s)")
+    flag("--k", type=int, nargs="+", default=[32], help="latents active per token; several: coders of each (default 32)")
     flag("--tokens", type=float, default=5e7, help="tokens to train on (default %(default)s)")
     flag("--ctx-len", type=int, help="tokens in a row (default 256, or the model's limit if that is lower)")
     flag("--batch-size", type=int, help="rows in a step (default: grows with --tokens, see README, Recipe)")
@@ -427,6 +446,9 @@ def main():
     flag("--out", type=Path, help="run directory (default runs/<model>-layer<L>)")
     flag("--overwrite", action="store_true", help="replace the run in --out")
     args = parse(parser)
+    if len(args.k) > len(set(args.k)):
+        sys.exit(f"error: --k {' '.join(map(str, args.k))}: give each number once")
+    args.k = args.k[0] if len(args.k) == 1 else args.k
     if WORLD > 1:
         torch.distributed.init_process_group()
     with blame(f"--model {args.model}", MODEL):

@@ -1,10 +1,12 @@
 """How fast training is, and where the time goes, on a GPT-2-sized random model at layer 6, fed with real text.
 
     python tests/bench.py [--tokens-per-step 4096] [--steps 5] [--sparsify PYTHON]
+    python tests/bench.py --eval RUN [flags of eval.py]
 
 Prints tokens/s of one coder and of all three, the share they reach of the limit that this machine's matmul rate sets,
 and the profile of a step. With --sparsify, the path of a Python that has `eai-sparsify`, it alternates with that
-library training a coder on the same hookpoint. Not a test.
+library training a coder on the same hookpoint. With --eval: how many plain forward passes of the LM over the tokens
+that eval.py reads it takes, and its peak memory. Not a test.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import eval as evaluation
 import skipcoder
 import tiny_gpt2
 import torch
@@ -63,12 +66,33 @@ def timed(f, times: int = 3) -> float:
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
 
+def time_eval(argv: list[str]):
+    """Run eval.py, with plain forward passes, head included, of batches of 2,048 tokens before and after it."""
+    config, _ = skipcoder.load_run(argv[0])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lm = skipcoder.load_lm(config["model"], device)
+    tokens = torch.randint(lm.config.vocab_size, (2048 // config["ctx_len"], config["ctx_len"]), device=device)
+    forward = torch.no_grad()(lambda: lm(tokens, use_cache=False).logits[0, 0, 0].item())
+    before, start = timed(forward, 5), time.perf_counter()
+    evaluate, reports = evaluation.evaluate, []
+    evaluation.evaluate = lambda *args: (reports.append(evaluate(*args)), reports[0])[1]
+    sys.argv = ["eval.py", *argv]
+    evaluation.main()
+    seconds, read = time.perf_counter() - start, reports[0][0]["tokens"]
+    after = timed(forward, 5)
+    passes = seconds / ((before + after) / 2 * read / tokens.numel())
+    print(f"eval.py {seconds:.0f} s for {read:,} tokens: {passes:.2f} plain passes ({before:.2f}, {after:.2f} s a batch)")
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens-per-step", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each version")
+    parser.add_argument("--eval", nargs=argparse.REMAINDER, help="a run, and flags of eval.py: time that instead")
     parser.add_argument("--sparsify", metavar="PYTHON", help="a Python that has eai-sparsify, to compare with")
     args = parser.parse_args()
+    if args.eval:
+        time_eval(args.eval)
+        return print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if skipcoder.fast_bfloat16(device) else torch.float32
     rows = args.tokens_per_step // CTX_LEN

@@ -29,14 +29,15 @@ def train_fails(capfd, tiny, tmp_path):
     return train_fails
 
 FLAGS = {  # what the line says, for which flag and values
-    "above 0": {"k": [0, -4], "expansion": [0], "tokens": [0, "inf"], "ctx-len": [0], "batch-size": [0],
+    "above 0": {"k": [0, -4, "4 0"], "expansion": [0], "tokens": [0, "inf"], "ctx-len": [0], "batch-size": [0],
                 "lr": [0, -1e-3, "nan"]},
     "invalid": {"layer": ["six"], "k": ["nan", 1.5], "tokens": ["many"], "arch": ["vae"]},
     "blocks 0 to 2": {"layer": [-1, 3]},
     "tiny_gpt2.py": {"model": ["no-such-model"]},
     "file or folder": {"dataset": ["no-such-data"]},
     "Unable to find": {"dataset": ["no-such-data.jsonl"]},
-    "there are 256 latents": {"k": [257]},
+    "there are 256 latents": {"k": [257, "4 257"]},
+    "each number once": {"k": ["4 8 4"]},
     "lower it": {"expansion": [10**12]},
     "at least 3": {"ctx-len": [2, 33]},
     "use cpu": {"device": ["cuda:99", "abacus"]},
@@ -45,7 +46,7 @@ FLAGS = {  # what the line says, for which flag and values
 @pytest.mark.parametrize("says", FLAGS)
 def test_flags(train_fails, says):
     for flag, value in ((flag, value) for flag, values in FLAGS[says].items() for value in values):
-        line = train_fails(f"--{flag}", value)
+        line = train_fails(f"--{flag}", *str(value).split())
         assert f"--{flag}" in line and says in line
 
 def test_model_that_is_no_model(train_fails, tiny, tmp_path):

@@ -30,15 +30,16 @@ def evaluated(trained, tmp_path_factory):
     return stdout.getvalue(), json.loads((folder / "e.json").read_text()), (folder / "e.html").read_text(), shown
 
 PROXY = {"intruder", "intruder_se", "intruder_sd", "intruder_by_quantile", "latents_scored"}
-LOSSES = {"fvu", "ce", "ce_increase", "ce_increase_se", "ce_recovered", "kl", "kl_se"}
+LOSSES = {"fvu", "fvu_all", "ce", "ce_increase", "ce_increase_se", "ce_recovered", "kl", "kl_se"}
 
 def test_report(evaluated, trained):
     stdout, report, *_ = evaluated
-    assert set(report) == {"tokens", "run", "clean_ce", "mean_ablated_ce", "zero_ablated_ce", "coders", "baselines"}
+    sums = {"tokens", "run", "clean_ce", "mean_ablated_ce", "zero_ablated_ce", "outliers"}
+    assert set(report) == {*sums, "coders", "baselines"}
     assert report["run"]["tokens_trained"] == load_run(trained)[0]["tokens_trained"]
-    assert all(set(row) == {*PROXY, *LOSSES, "l0", "dead"} for row in report["coders"].values())
+    assert all(set(row) == {*PROXY, *LOSSES, "arch", "k", "l0", "dead"} for row in report["coders"].values())
     keys = {name: set(row) for name, row in report["baselines"].items()}
-    assert keys == {"affine": LOSSES, "neurons": PROXY, "untrained": PROXY, "null": PROXY}
+    assert keys == {"affine": LOSSES, "neurons": {*PROXY, "k"}, "untrained": {*PROXY, "k"}, "null": PROXY}
     null = report["baselines"]["null"]
     assert abs(null["intruder"] - 0.2) < 3 * null["intruder_se"]
     assert null["intruder_se"] == pytest.approx((0.2 * 0.8 / 400) ** 0.5, rel=0.3)  # 40 latents, 10 trials each
@@ -51,7 +52,10 @@ def test_report(evaluated, trained):
     assert "stopped early" not in stdout and "fewer held-out tokens" not in stdout
 
 def test_numbers_equal_a_dense_float64_computation(trained, tiny, device, monkeypatch):
-    """Every number of the report for the coders, the affine map and the ablations, written out anew."""
+    """Every number of the report for the coders, the affine map and the ablations, written out anew.
+
+    With a max_norm over which one token in twenty is an outlier.
+    """
     config, coders = load_run(trained, device)
     args = argparse.Namespace(run=trained, tokens=6000, latents=20, seed=0, device=device)
     args.dataset, args.subset = config["dataset"], None
@@ -61,15 +65,11 @@ def test_numbers_equal_a_dense_float64_computation(trained, tiny, device, monkey
     monkeypatch.setattr(evaluation, "intruder_trials", lambda *seen: judged.append(seen) or trials(*seen))
     monkeypatch.setattr(evaluation, "CE_TOKENS", 3000)
     ce_rows = 128  # of 31 tokens each, in batches of 64 rows: the first ones that make 3000
-    report, *_ = evaluation.evaluate(config, coders, args)
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     lm = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64).eval().to(device)
-    rows = report["tokens"] // 31
-    assert 6000 <= report["tokens"] == 31 * rows and sum(map(len, training)) >= 100 * 32 / 31
     kept, held_out = (torch.cat([*token_batches(config["dataset"], None, tokenizer, 32, 64, side)]) for side in (0, 1))
-    assert torch.equal(torch.cat(training), kept[: sum(map(len, training))])
-    held_out = held_out[:rows]
+    held_out = held_out[:256]  # the first multiple of 64 rows with 6000 tokens
 
     @torch.no_grad()
     def run_lm(tokens, y_hat=None):
@@ -77,7 +77,9 @@ def test_numbers_equal_a_dense_float64_computation(trained, tiny, device, monkey
 
         def hook(module, args, output):
             seen.extend((args[0], output))
-            return output if y_hat is None else torch.cat([output[:, :1], y_hat.view_as(output[:, 1:])], 1)
+            if y_hat is not None:
+                output[:, 1:] = torch.where(counts.view(len(tokens), 31, 1), y_hat.view_as(output[:, 1:]), output[:, 1:])
+            return output
 
         seen, handle = [], lm.transformer.h[1].mlp.register_forward_hook(hook)
         output = lm(tokens.to(device), output_hidden_states=True)
@@ -86,20 +88,35 @@ def test_numbers_equal_a_dense_float64_computation(trained, tiny, device, monkey
         return output.logits.log_softmax(-1)[:, 1:-1], *seen
 
     clean, x, y, hidden = run_lm(held_out)
-    _, x_train, y_train, _ = run_lm(torch.cat(training))
+    norm = y.norm(dim=1).sort().values[len(y) * 19 // 20 :][:2]
+    config["max_norm"] = limit = norm.mean().item()  # half way from one to the next
+    counts = y.norm(dim=1) < limit  # [N]
+    report, *_ = evaluation.evaluate(config, coders, args)
+    n = counts.sum().item()
+    assert report["tokens"] == n < 0.96 * len(y) and len(held_out) == 256
+    assert torch.equal(torch.cat(training), kept[: sum(map(len, training))]) and sum(map(len, training)) >= 103
+    x_train, y_train = [], []
+    for batch in training:
+        pairs = list(zip(*run_lm(batch)[1:3]))
+        for i, pair in enumerate(pairs):  # in place of an outlier, the last one before it, or else the first after it
+            before = [p for p in pairs[:i + 1] if p[1].norm() < limit]
+            pair = before[-1] if before else next(p for p in pairs if p[1].norm() < limit)
+            x_train.append(pair[0]), y_train.append(pair[1])
+    x_train, y_train = torch.stack(x_train), torch.stack(y_train)
     with_one = lambda x: torch.nn.functional.pad(x, (0, 1), value=1)  # noqa: E731
     y_hats = {"affine": with_one(x) @ torch.linalg.lstsq(with_one(x_train), y_train).solution}
     y_hats |= {"mean": y_train.mean(0).expand_as(y), "zero": torch.zeros_like(y)}
     for (arch, coder), (active, judged_hidden, mean, _) in zip(coders.items(), judged):
         y_hats[arch], z = dense_forward(coder.double(), x, y, k=4)
         coder.float()
+        z = z[counts]
         assert report["coders"][arch]["l0"] == pytest.approx((z > 0).sum().item() / len(z), rel=1e-3)
         assert report["coders"][arch]["dead"] == pytest.approx((z == 0).all(0).double().mean().item(), abs=0.01)
         for latent, (tokens, acts) in active.items():
             assert len(set(tokens.tolist()) ^ set(z[:, latent].nonzero().flatten().tolist())) <= 1
             torch.testing.assert_close(acts.double(), z[tokens, latent].cpu(), rtol=1e-2, atol=1e-3)
-        torch.testing.assert_close(judged_hidden.double(), hidden.cpu(), rtol=0.01, atol=0.01)
-        torch.testing.assert_close(mean.double().cpu(), hidden.mean(0).cpu(), rtol=0.01, atol=0.01)
+        torch.testing.assert_close(judged_hidden.double(), hidden[counts].cpu(), rtol=0.01, atol=0.01)
+        torch.testing.assert_close(mean.double().cpu(), hidden[counts].mean(0).cpu(), rtol=0.01, atol=0.01)
 
     patched = {name: run_lm(held_out, y_hat)[0] for name, y_hat in y_hats.items()}
     targets = held_out[:ce_rows, 2:, None].to(device)
@@ -107,11 +124,17 @@ def test_numbers_equal_a_dense_float64_computation(trained, tiny, device, monkey
     clean_ce = -clean[:ce_rows].gather(-1, targets).squeeze(-1).mean(1)
     for key, of_rows in (("clean_ce", clean_ce), ("mean_ablated_ce", ce["mean"]), ("zero_ablated_ce", ce["zero"])):
         assert report[key] == pytest.approx(of_rows.mean().item(), rel=1e-5)
+    def variance(y):
+        return (y - y.mean(0)).square().sum().item()
+
+    assert report["outliers"]["tokens"] == pytest.approx(1 - n / len(y))
+    assert report["outliers"]["variance"] == pytest.approx(1 - variance(y[counts]) / variance(y), rel=1e-4)
     for name, row in {**report["coders"], "affine": report["baselines"]["affine"]}.items():
-        fvu = (y - y_hats[name]).square().sum() / (y - y.mean(0)).square().sum()
+        errors = (y - y_hats[name]).square().sum(1)
+        assert row["fvu_all"] == pytest.approx(errors.sum().item() / variance(y), rel=1e-3)
         increase, harm = ce[name] - clean_ce, ce["mean"] - clean_ce
         kl = (clean.exp() * (clean - patched[name])).sum(-1).mean(1)[:ce_rows]
-        assert row["fvu"] == pytest.approx(fvu.item(), rel=1e-3)
+        assert row["fvu"] == pytest.approx(errors[counts].sum().item() / variance(y[counts]), rel=1e-3)
         assert row["ce"] == pytest.approx(ce[name].mean().item(), rel=1e-5)
         assert row["ce_increase"] == pytest.approx(increase.mean().item(), abs=1e-4)
         assert row["ce_increase_se"] == pytest.approx(increase.std().item() / ce_rows**0.5, rel=1e-2)
@@ -222,13 +245,13 @@ def test_what_is_missing_is_said_and_the_page_escapes_what_documents_contain(tra
 
 def test_page_escapes_tokens_that_are_tags(evaluated):
     """With a tokenizer whose tokens are what could end a script, each as a whole."""
-    _, report, _, (seen, latents, _) = evaluated
+    _, report, _, (seen, places, latents, _) = evaluated
     evil = ["</script", "</SCRIPT>", "<!--", "<script", "<b>", "&lt;", '"', "\\", "@DATA@", "]]>"]
     tokenizer = mock.Mock(decode=lambda tokens: evil[tokens[0] % len(evil)])
-    assert set(check_page(evaluation.page(report, seen, latents, tokenizer))["text"]) == set(evil)
+    assert set(check_page(evaluation.page(report, seen, places, latents, tokenizer))["text"]) == set(evil)
 
 def test_page(evaluated):
-    _, report, page, (seen, latents, tokenizer) = evaluated
+    _, report, page, (seen, places, latents, tokenizer) = evaluated
     data = check_page(page)
     assert len(page) < 3e6 and f"{report['coders']['sae']['fvu']:.4f}" in page
     assert set(data["coders"]) == {*ARCHS, "neurons"}
@@ -240,7 +263,7 @@ def test_page(evaluated):
             assert density == pytest.approx(len(tokens) / report["tokens"]) and top == acts.max()
             assert [c[0] for c in contexts] == [0, 0, 0, 0, 1, 2, 3, 4]
             _, peak, words, levels = contexts[0]  # it holds the largest activation
-            token = seen[tokens[0] // 31, tokens[0] % 31 + 1]  # the sample has no position 0
+            token = seen.flatten()[places[tokens[0]]]
             assert levels[peak] == "9" and data["text"][words[peak]] == evaluation.legible(tokenizer, token)
             for fifth, peak, words, levels in contexts:
                 assert len(words) == len(levels) and 0 <= peak < len(words)

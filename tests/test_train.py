@@ -119,6 +119,24 @@ def test_an_existing_run_is_replaced_only_when_told_to_and_by_a_finite_one(train
     config, coders = load_run(out)
     assert config["seed"] == 3 and set(coders) == {"sae"} and other.read_text() == "{}"
 
+def test_several_k_are_several_runs_in_one(tiny, tmp_path):
+    """Bit for bit, from one stream; sorted, each in the folder of its name."""
+    for out, ks in {"both": (8, 2), "two": (2,), "eight": (8,)}.items():
+        assert run_here(skipcoder, *flags(tiny, tmp_path / out, "--k", *ks)) == 0
+    config, both = load_run(tmp_path / "both")
+    assert config["k"] == [8, 2] and list(both) == [f"{arch}-k{k}" for arch in ARCHS for k in (2, 8)]
+    last = json.loads((tmp_path / "both/log.jsonl").read_text().splitlines()[-1])
+    for k, out in ((2, "two"), (8, "eight")):
+        config, alone = load_run(tmp_path / out)
+        log = json.loads((tmp_path / out / "log.jsonl").read_text().splitlines()[-1])
+        assert config["k"] == k and list(alone) == list(ARCHS)
+        for arch in ARCHS:
+            name = f"{arch}-k{k}"
+            assert both[name].k == alone[arch].k == k and both[name].arch == arch and log["fvu"][arch] == last["fvu"][name]
+            assert json.loads((tmp_path / "both" / name / "h.1.mlp/cfg.json").read_text())["k"] == k
+            for p, q in zip(both[name].parameters(), alone[arch].parameters()):
+                assert torch.equal(p, q)
+
 SIZES = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2)
 FAMILIES = {
     "gpt2": (transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=3, n_head=2), "h.1.mlp"),
@@ -148,6 +166,25 @@ def test_model_families(family, tmp_path, device):
     assert not ran and x.shape == y.shape == (3 * 11, 16)
     torch.testing.assert_close(x, seen["x"][:, 1:].reshape(-1, 16))
     torch.testing.assert_close(y, seen["y"][:, 1:].reshape(-1, 16))
+
+def test_outliers_are_replaced_by_the_token_before_them(tiny, device):
+    """Of tokens with |y| over ten times the median of the first call; the threshold stays as it is, and is saved."""
+    lm = skipcoder.load_lm(str(tiny), device)
+    mlp, factor = find_mlp(lm, 1)[2], torch.ones(3, 12, 1, device=device)
+    mlp.register_forward_hook(lambda module, args, output: output * factor)
+    tokens = torch.randint(300, (3, 12), device=device)
+    x, y = MLPActivations(lm, mlp)(tokens)
+    factor[0, 1:3] = factor[1, 5] = factor[1, 6] = factor[2, 3] = 1000  # the first two of all, and three more
+    activations, index = MLPActivations(lm, mlp), torch.arange(33, device=device)
+    index[:2], index[15:17], index[24] = 2, 14, 23
+    for scale in (1, 2):
+        factor[:, 1:] *= scale
+        for a, whole in zip(activations(tokens), (x, scale * y)):
+            assert torch.equal(a, whole[index])
+        norms = y.norm(dim=1) * factor[:, 1:].flatten() / scale
+        assert activations.max_norm == pytest.approx(10 * norms.median().item())
+    given = MLPActivations(lm, mlp, activations.max_norm * 1e6)
+    assert torch.equal(given(tokens)[0], x)
 
 def test_mlps_that_cannot_be_coded(device):
     """BLOOM's MLP adds the residual stream to its output, and a mixture of experts has no neurons of its own."""
