@@ -33,13 +33,15 @@ from collections import defaultdict
 from itertools import islice
 from pathlib import Path
 
-import skipcoder
-from skipcoder import Coder, blame
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
+
+import skipcoder
+from skipcoder import Coder, blame
 
 TRIALS = 10  # intruder trials per latent
 FIFTHS = 5  # quantiles of a latent's activations that they are spread over
@@ -49,7 +51,6 @@ IN_REPORT = "model hookpoint layer k num_latents seed dataset tokens tokens_trai
 CE_TOKENS = 20_000  # CE and KL are measured on so many tokens at most: each thing in the MLP's place costs an LM pass
 
 # ---- The LM, with and without something in the MLP's place ----------------------------------------------------------
-
 class PatchedLM:
     """The LM with a hook on one MLP. A call leaves x, y, neurons and hidden as attributes, [rows, ctx_len, width]."""
     def __init__(self, lm: nn.Module, layer: int):
@@ -113,26 +114,23 @@ def standard_error(a: Tensor) -> float:
 def fit_affine(activations: skipcoder.MLPActivations, batches, device: torch.device) -> tuple[Tensor, ...]:
     """The best affine map from x to y in the least-squares sense: A [d, d] and b [d] of y_hat = x A + b, and the means.
 
-    From covariances summed in float64. That of x is singular (a layer norm takes a dimension away), so 1e-6 of its mean
-    diagonal is added to the diagonal: FVU moves by less than 1e-5.
+    From products summed in float64. Those of x are singular (a layer norm takes a dimension away), so 1e-6 of the mean
+    of their diagonal is added to it: FVU moves by less than 1e-5.
     """
     sums = 0
     for tokens in batches:
         x, y = (a.double() for a in activations(tokens.to(device)))
-        ones = torch.ones_like(x[:, :1])
-        sums = sums + torch.cat([x, ones], 1).T @ torch.cat([x, y, ones], 1)  # [d + 1, 2 d + 1]
+        x = nn.functional.pad(x, (0, 1), value=1)  # [N, d + 1]
+        sums = sums + x.T @ torch.cat([x, y], 1)  # [d + 1, 2 d + 1]
     if isinstance(sums, int):
         sys.exit("error: --dataset: too little text, its training documents fill no row of tokens")
-    d = len(sums) - 1
-    xx, xy, n = sums[:d, :d], sums[:d, d:-1], sums[-1, -1]
-    x_mean, y_mean = sums[-1, :d] / n, sums[-1, d:-1] / n
-    covariance = xx / n - x_mean.outer(x_mean)
-    covariance += 1e-6 * covariance.diagonal().mean() * torch.eye(d, device=device)
-    A = torch.linalg.solve(covariance, xy / n - x_mean.outer(y_mean))
-    return A.float(), (y_mean - x_mean @ A).float(), x_mean.float(), y_mean.float()
+    xx, xy = sums.split([len(sums), len(sums) - 1], 1)
+    ridge = 1e-6 * xx.diagonal().mean() * torch.eye(len(xx), device=device)
+    A = torch.linalg.solve(xx + ridge, xy).float()  # [d + 1, d]
+    x_mean, y_mean = (sums[-1] / xx[-1, -1]).float().split([len(xx), len(xx) - 1])
+    return A[:-1], A[-1], x_mean[:-1], y_mean
 
 # ---- The intruder proxy ---------------------------------------------------------------------------------------------
-
 class Activity:
     """On how many tokens each of M latents is active; and for those that may be scored, on which, and how much."""
     def __init__(self, num_latents: int, wanted: int, seed: int):
@@ -195,16 +193,16 @@ def intruder_found(shown: Tensor, hidden: Tensor, mean: Tensor) -> Tensor:
 
 def summary(found: Tensor) -> dict:
     """Score, its error, spread over latents and by fifth, from bool [latents, trials]; None for fewer than two."""
-    names = "intruder", "intruder_se", "intruder_sd", "intruder_by_quantile"
+    names = "intruder", "intruder_se", "intruder_sd", "intruder_by_quantile", "intruder_histogram"
     if len(found) < 2:
         return dict.fromkeys(names) | {"latents_scored": len(found)}
     scores = found.double().mean(1)  # [latents]
     by_fifth = [found[:, q::FIFTHS].double().mean().item() for q in range(FIFTHS)]
-    numbers = scores.mean().item(), standard_error(scores), scores.std().item(), by_fifth
+    histogram = found.sum(1).bincount(minlength=TRIALS + 1) / len(scores)  # share of latents by right guesses, 0 to 10
+    numbers = scores.mean().item(), standard_error(scores), scores.std().item(), by_fifth, histogram.tolist()
     return dict(zip(names, numbers)) | {"latents_scored": len(scores)}
 
 # ---- One pass over training tokens, one over held-out tokens --------------------------------------------------------
-
 def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]:
     """Return the report and what the page shows: tokens [rows, ctx_len], the places of those that count, latents."""
     device, ctx_len, d, M = args.device, config["ctx_len"], config["d"], config["num_latents"]
@@ -286,8 +284,17 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
     report["baselines"] = {"affine": losses.report("affine")}
     report["baselines"] |= {name: summary(found[name]) | {"k": k} for name in ("neurons", "untrained")}
     report["baselines"]["null"] = summary(found["null"])
-    shown = {name: (latents[name], found[name], density[name]) for name in (*coders, "neurons")}
+    tops = {name: promoted(lm, coder.W_dec[list(latents[name])]) for name, coder in coders.items()}
+    tops["neurons"] = torch.empty(len(latents["neurons"]), 0)  # what they write is not looked up
+    shown = {name: (latents[name], found[name], density[name], top) for name, top in tops.items()}
     return report, (torch.cat(seen), torch.cat(places), shown, tokenizer)
+
+@torch.no_grad()
+def promoted(lm: nn.Module, W: Tensor) -> Tensor:
+    """The five tokens [n, 5] that directions W [n, d] promote most, through the weights of final norm and LM head."""
+    norm = [module for module in lm.base_model.modules() if "Norm" in type(module).__name__][-1]
+    head = lm.get_output_embeddings().weight
+    return ((norm(W.to(head.dtype)) - norm(torch.zeros_like(W, dtype=head.dtype))) @ head.T).topk(5).indices
 
 # ---- The report as text ---------------------------------------------------------------------------------------------
 COLUMNS = {  # of the table, by the number of the report that each is about
@@ -299,12 +306,15 @@ COLUMNS = {  # of the table, by the number of the report that each is about
     "kl": ("KL", "{kl:.5f} ± {kl_se:.5f}"),
     "intruder": ("intruder", "{intruder:.3f} ± {intruder_se:.3f}"),
     "intruder_by_quantile": ("top → lowest", "{intruder_by_quantile[0]:.2f} → {intruder_by_quantile[4]:.2f}"),
+    "intruder_histogram": ("scores 0…1", "{bars}"),  # how many latents have each
 }
 
 def table(report: dict) -> list[list[str]]:
     """Header and rows of cells, empty where a baseline has no such number or there was nothing to score."""
     cells = [["", *(head for head, _ in COLUMNS.values())]]
     for name, row in (report["coders"] | report["baselines"]).items():
+        shares = row.get("intruder_histogram") or [1]
+        row = row | {"bars": "".join(" ▁▂▃▄▅▆▇█"[math.ceil(8 * share / max(shares))] for share in shares)}
         cells.append([name, *("" if row.get(key) is None else c.format(**row) for key, (_, c) in COLUMNS.items())])
     return cells
 
@@ -313,6 +323,26 @@ def markdown(cells: list[list[str]]) -> str:
     lines = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))] for row in cells]
     lines.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+def compare(report: dict, above: str, below: str) -> list[str]:
+    """A sentence on the scores of two architectures at equal CE increase, where their lines through all k overlap: the
+    mean difference over log CE increase, with a standard error from those of the scores. None without an overlap."""
+    lines, means = [], []
+    for arch in (above, below):
+        rows = [row for row in report["coders"].values() if row["arch"] == arch and row["intruder"] is not None]
+        points = [(math.log(r["ce_increase"]), r["intruder"], r["intruder_se"]) for r in rows if r["ce_increase"] > 0]
+        lines.append(sorted(points) or [(math.inf, 0, 0)])
+    low, high = max(line[0][0] for line in lines), min(line[-1][0] for line in lines)
+    if low >= high:
+        return []
+    for line in lines:
+        x, score, error = map(np.array, zip(*line))
+        weights = [np.interp(np.linspace(low, high, 101), x, point).mean() for point in np.eye(len(x))]
+        means.append((weights @ score, np.linalg.norm(weights * error)))
+    difference, error = means[0][0] - means[1][0], math.hypot(means[0][1], means[1][1])
+    word = "no different from" if abs(difference) < 2 * error else "above" if difference > 0 else "below"
+    where = f"At equal CE increase, from {math.exp(low):.2g} to {math.exp(high):.2g} nats"
+    return [f"{where}, the score of {above} is {word} that of {below}: {difference:+.3f} ± {error:.3f}."]
 
 def remarks(report: dict) -> list[str]:
     """What was evaluated, on what, how to read the table, and what is missing."""
@@ -331,6 +361,7 @@ def remarks(report: dict) -> list[str]:
         " 0%. Intruder: how often the odd one out of five contexts is found; chance is 0.2, which null should be within"
         " 3 standard errors of; compare with neurons and untrained. ±: standard error, over rows of text or latents.",
     ]
+    lines += compare(report, "transcoder", "sae") + compare(report, "skip_transcoder", "transcoder")
     if left_out["tokens"] > 0:
         fvu_all = ", ".join(f"{name} {row['fvu_all']:.4f}" for name, row in rows.items() if "fvu_all" in row)
         share = f"{left_out['tokens']:.2%} of the tokens, which hold {left_out['variance']:.1%} of the variance of y"
@@ -343,8 +374,85 @@ def remarks(report: dict) -> list[str]:
         lines.append(f"Raise --tokens: fewer than 2 latents are active on {MIN_ACTIVE} tokens in {', '.join(too_few)}.")
     return lines
 
-# ---- The page: the table, and the scored latents with their contexts ------------------------------------------------
-BEFORE, AFTER, MOST = 14, 6, 300  # tokens shown around the peak, and latents per coder: the page stays under 3 MB
+# ---- Flags ----------------------------------------------------------------------------------------------------------
+def main():
+    parser = argparse.ArgumentParser(prog="eval.py", description=__doc__.splitlines()[0])
+    flag = parser.add_argument
+    flag("run", metavar="RUN", type=Path, help="run directory that skipcoder.py wrote")
+    flag("--tokens", type=float, default=2e5, help="held-out tokens to evaluate on (default %(default)s)")
+    flag("--latents", type=int, default=300, help="latents scored per coder (default %(default)s)")
+    flag("--json", type=Path, help="write all numbers to this file")
+    flag("--html", type=Path, help="write a page with pictures and the scored latents to this file")
+    flag("--svg", type=Path, help="write the first of its pictures, interpretability against loss, to this file")
+    flag("--seed", type=int, default=0, help="seed of the choice of latents and contexts (default 0)")
+    flag("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
+    flag("--dataset", help="data set to evaluate on (default: the run's)")
+    flag("--subset", help="configuration of that data set (default: the run's)")
+    args = skipcoder.parse(parser)
+    config, coders = skipcoder.load_run(args.run, args.device)
+    if args.dataset is None:
+        args.dataset, args.subset = config["dataset"], args.subset or config["subset"]
+    for name, path in (("--json", args.json), ("--html", args.html), ("--svg", args.svg)):
+        with blame(f"{name} {path}", "pass the name of a file that can be written"):
+            path and path.open("a").close()
+    report, (seen, places, latents, tokenizer) = evaluate(config, coders, args)
+    print(markdown(table(report)), *remarks(report), sep="\n\n")
+    if args.json:
+        skipcoder.write(f"--json {args.json}", {args.json: json.dumps(report, indent=2) + "\n"})
+    if args.html:
+        skipcoder.write(f"--html {args.html}", {args.html: page(report, seen, places, latents, tokenizer)})
+    if args.svg:
+        skipcoder.write(f"--svg {args.svg}", {args.svg: chart(report, "ce_increase", "intruder") + "\n"})
+
+# ---- Pictures and the page: from here on nothing is measured --------------------------------------------------------
+LOOKS = [("#d55e00", "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z"), ("#0080c6", "M-4-4h8v8h-8z"), ("#009e73", "M0-5l5 9h-10z")]
+SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 440 285" fill="currentColor">
+<style>svg { color: #1b1b1f; background: #fdfdfc } text { font: 12px system-ui, sans-serif; stroke: none }
+@media (prefers-color-scheme: dark) { svg { color: #e6e6ea; background: #16161a } }</style>"""
+
+def axis(numbers: list[float], start: int, end: int):
+    """Where a number lies between the pixels start and end, and round numbers to mark; a log scale from factor 6 on."""
+    log = 0 < 6 * min(numbers) < max(numbers)
+    f = math.log10 if log else float
+    low, high = f(min(numbers)), f(max(numbers))
+    margin = 0.08 * (high - low) or 0.1
+    low, high = low - margin, high + margin
+    marks = [m * 10.0**e for e in range(-9, 9) for m in (1, 2, 5)]
+    if not log:
+        step = next(mark for mark in marks if 6 * mark >= high - low)
+        marks = [step * i for i in range(int(low / step) - 1, int(high / step) + 2)]
+    marks = [mark for mark in marks if low <= f(mark) <= high]
+    return lambda number: round(start + (f(number) - low) / (high - low) * (end - start), 1), marks
+
+def chart(report: dict, x: str, y: str) -> str:
+    """An SVG of two columns of the table: a line per architecture through its k, with error bars of two errors of y."""
+    rows = [row | {"error": 2 * row.get(f"{y}_se", 0)} for row in report["coders"].values() if row[y] is not None]
+    if not rows:
+        return ""
+    x_at, x_marks = axis([row[x] for row in rows], 50, 425)
+    y_at, y_marks = axis([row[y] + sign * row["error"] for row in rows for sign in (-1, 1)], 250, 30)
+    def text(px, py, words, anchor="start"):
+        return f'<text x="{px}" y="{py}" text-anchor="{anchor}">{words}</text>'
+
+    grid = "".join([f"M{x_at(m)} 30V250" for m in x_marks] + [f"M50 {y_at(m)}H425" for m in y_marks])
+    out = [SVG, f'<path stroke="currentColor" opacity=".15" d="{grid}"/>']
+    out += [text(5, 14, COLUMNS[y][0]), *(text(44, y_at(m) + 4, f"{m:.6g}", "end") for m in y_marks)]
+    out += [text(425, 282, COLUMNS[x][0], "end"), *(text(x_at(m), 266, f"{m:.6g}", "middle") for m in x_marks)]
+    for i, arch in enumerate(dict.fromkeys(row["arch"] for row in rows)):
+        (color, marker), left, line = LOOKS[i % len(LOOKS)], 100 + 95 * i, [row for row in rows if row["arch"] == arch]
+        path = "L".join(f"{x_at(row[x])} {y_at(row[y])}" for row in line)
+        out.append(f'<g fill="{color}" stroke="{color}"><path fill="none" stroke-width="1.5" d="M{path}"/>')
+        out += [f'<path transform="translate({left} 10)" d="{marker}"/>', text(left + 8, 14, arch)]
+        for row in line:  # what a title says is shown on pointing
+            px, py, ends = x_at(row[x]), y_at(row[y]), [y_at(row[y] + sign * row["error"]) for sign in (1, -1)]
+            about = ", ".join(f"{COLUMNS[key][0]} {COLUMNS[key][1].format(**row)}" for key in (x, y))
+            out.append(f'<g><title>{arch}, k {row["k"]}: {about}</title><path d="M{px} {ends[0]}V{ends[1]}"/>')
+            out += [f'<path transform="translate({px} {py})" d="{marker}"/>', text(px + 7, py - 6, row["k"]), "</g>"]
+        out.append("</g>")
+    return "".join([*out, "</svg>"])
+
+MOST = 3000  # latents shown, of all coders: the page stays under 4 MB
+BEFORE, AFTER = 14, 6  # tokens shown around the peak
 
 def legible(tokenizer, token: int) -> str:
     """A token as text in which line ends and control characters can be seen."""
@@ -355,26 +463,27 @@ def page(report: dict, seen: Tensor, places: Tensor, latents: dict, tokenizer) -
     """One self-contained HTML page. Per latent eight contexts, four of the largest activations and a random one of each
     lower fifth, as [fifth, position of the peak, tokens, activations on a scale of 0 to 9]."""
     vocabulary, random, width = {}, torch.Generator().manual_seed(0), seen.shape[1]
-    coders = {name: [] for name in latents}
-    for name, (active, found, density) in latents.items():
-        for (latent, (tokens, acts)), right in list(zip(active.items(), found))[:MOST]:
+    coders, number = {name: [] for name in latents}, lambda token: vocabulary.setdefault(token, len(vocabulary))
+    for name, (active, found, density, promotes) in latents.items():
+        for (latent, (tokens, acts)), right, most in list(zip(active.items(), found, promotes))[: MOST // len(latents)]:
             tokens = places[tokens]
-            level = dict(zip(tokens.tolist(), (acts / acts.max() * 9).round().int().tolist()))
+            level = dict(zip(tokens.tolist(), (acts / acts.max() * 9).ceil().int().tolist()))
             fifths, contexts = tokens.tensor_split(FIFTHS), []
             for q in (0, 0, 0, 0, 1, 2, 3, 4):
                 i = len(contexts) if q == 0 else torch.randint(len(fifths[q]), (), generator=random)
                 row, column = divmod(fifths[q][i].item(), width)
                 first, last = max(column - BEFORE, 0), min(column + AFTER, width - 1)
-                words = [vocabulary.setdefault(t, len(vocabulary)) for t in seen[row, first : last + 1].tolist()]
+                words = [number(t) for t in seen[row, first : last + 1].tolist()]
                 levels = [level.get(row * width + c, 0) for c in range(first, last + 1)]
                 contexts.append([q, column - first, words, "".join(map(str, levels))])
             numbers = [latent, right.double().mean().item(), density[latent].item(), acts.max().item()]
-            coders[name].append([*numbers, contexts])
+            coders[name].append([*numbers, contexts, [number(t) for t in most.tolist()]])
     data = json.dumps({"text": [legible(tokenizer, token) for token in vocabulary], "coders": coders})
     parts = {"TITLE": html.escape(f"{Path(report['run']['model']).name} {report['run']['hookpoint']}")}
     cells = table(report)
     rows = [[f'<td title="{head}">{html.escape(c)}' for head, c in zip(cells[0], row)] for row in cells]
     parts["RESULTS"] = "".join("<tr>" + "".join(row) for row in rows)
+    parts["PICTURES"] = chart(report, "ce_increase", "intruder") + chart(report, "l0", "fvu")
     parts["NOTES"] = "".join(f"<p>{html.escape(line)}" for line in remarks(report))
     parts["DATA"] = data.replace("<", "\\u003c")  # no document's text is taken for a tag
     return re.sub("@([A-Z]+)@", lambda match: parts[match[1]], PAGE)
@@ -386,25 +495,26 @@ PAGE = """<!doctype html>
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6ea; --paper: #16161a; --faint: #a0a0ac; --line: #444 } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 64rem;
   margin: 0 auto; padding: 1rem; overflow-wrap: anywhere }
-table { border-collapse: collapse; font-size: 14px } td { padding: .15rem .5rem; text-align: right }
+table { border-collapse: collapse; font-size: 13px } td { padding: .15rem .4rem; text-align: right; white-space: pre }
 td, article { border-bottom: thin solid var(--line) } td:first-child { text-align: left; font-weight: 600 }
+#pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem }
+main { scroll-margin-top: 9rem } td:last-child { font-family: monospace }
 form { position: sticky; top: 0; background: var(--paper); padding: .5rem 0; display: flex; flex-flow: wrap; gap: 1rem }
-select, input { font: inherit; max-width: 100% } input { width: 4.5rem } article { padding: .6rem 0; min-height: 14rem }
+select, input { font: inherit; max-width: 100% } article { padding: .6rem 0; min-height: 14rem }
 article div { display: grid; grid-template-columns: 3rem 1fr; white-space: pre-wrap; font: 13px/1.7 monospace }
 h1 { font-size: 1.3rem } h2 { font-size: 1rem; margin: 0 } small { font-weight: normal } i { font-style: normal }
 p, small, i { color: var(--faint) } b { box-shadow: inset 0 -2px rgb(var(--hot)) } tr:first-child { font-weight: 600 }
-@media (max-width: 50rem) {  /* a table that does not fit becomes a list of numbers with their names */
+@media (max-width: 60rem) {  /* a table that does not fit becomes a list of numbers with their names */
   tbody, tr { display: block; padding: .3rem 0 } tr:first-child, td:empty { display: none }
   td { display: flex; justify-content: space-between; gap: 1rem; border: 0 } td + td::before { content: attr(title) } }
 </style>
-<h1>@TITLE@</h1><table>@RESULTS@</table>@NOTES@
+<h1>@TITLE@</h1><div id="pictures">@PICTURES@</div><table>@RESULTS@</table>@NOTES@
 <p>Below: the scored latents. A line is a context from one fifth of the latent's active tokens, sorted by activation (1
 the top fifth, 5 the lowest). Shading: activation, relative to the latent's largest; underlined: the token drawn.
 <form><label>coder <select id="coder"></select></label>
 <label>sort by <select id="sort"><option value="-1">score, high first<option value="1">score, low first
 <option value="-2">density, high first<option value="2">density, low first<option value="0">number</select></label>
-<label>score from <input id="low" type="number" min="0" max="1" step="0.1" value="0"></label>
-<label>to <input id="high" type="number" min="0" max="1" step="0.1" value="1"></label><span id="count"></span></form>
+<label>fires on <input id="token" type="search"></label><span id="count"></span></form>
 <main id="latents"></main><script id="data" type="application/json">@DATA@</script><script>
 const get = id => document.getElementById(id), {text, coders} = JSON.parse(get("data").textContent);
 const add = (parent, tag, content = "") => {  // textContent: whatever a document holds is shown, never run
@@ -413,9 +523,12 @@ const add = (parent, tag, content = "") => {  // textContent: whatever a documen
   return node;
 };
 for (const name in coders) add(get("coder"), "option", name);
-function fill(card, [latent, score, density, top, contexts]) {
+function fill(card, [latent, score, density, top, contexts, promoted]) {
   const about = `score ${score.toFixed(1)} · active on ${(100 * density).toPrecision(2)}% of tokens`;
-  add(add(card, "h2", `latent ${latent} `), "small", `${about} · largest activation ${top.toPrecision(3)}`);
+  const title = add(card, "h2"), link = add(title, "a", `latent ${latent}`);
+  link.href = `#${get("coder").value}/${latent}`;
+  add(title, "small", ` ${about} · largest activation ${top.toPrecision(3)}`);
+  if (promoted.length) add(card, "small", "promotes " + promoted.map(token => `“${text[token]}”`).join(" "));
   for (const [fifth, peak, tokens, levels] of contexts) {
     const line = add(card, "div"), words = (add(line, "i", fifth + 1 + "/5"), add(line, "span"));
     tokens.forEach((token, i) => {
@@ -431,43 +544,27 @@ const onSight = new IntersectionObserver(entries => {  // a card is filled when 
   }
 }, {rootMargin: "600px"});
 function show() {
-  const sort = +get("sort").value, key = Math.abs(sort);
-  const [low, high] = [parseFloat(get("low").value || 0) - 1e-9, parseFloat(get("high").value || 1) + 1e-9];
-  const chosen = coders[get("coder").value].filter(latent => latent[1] >= low && latent[1] <= high);
-  chosen.sort((a, b) => (sort < 0 ? -1 : 1) * (a[key] - b[key]) || a[0] - b[0]);
+  const sort = +get("sort").value, key = Math.abs(sort), token = get("token").value;
+  const opened = latent => latent[0] == location.hash.split("/")[1];  // the one in the address comes first
+  const fires = ([, , tokens, levels]) => tokens.some((t, i) => levels[i] > 0 && text[t].includes(token));
+  const chosen = coders[get("coder").value].filter(latent => opened(latent) || !token || latent[4].some(fires));
+  chosen.sort((a, b) => opened(b) - opened(a) || (sort < 0 ? -1 : 1) * (a[key] - b[key]) || a[0] - b[0]);
   get("count").textContent = chosen.length + " latents";
   get("latents").replaceChildren();
   for (const latent of chosen) onSight.observe(Object.assign(add(get("latents"), "article"), {latent}));
 }
-document.querySelector("form").addEventListener("input", show), show();
+function open() {  // what the address names, as in #transcoder/1234
+  const name = location.hash.slice(1).split("/")[0];
+  if (name in coders) get("coder").value = name;
+  show();
+  if (name in coders) get("latents").scrollIntoView();
+}
+document.querySelector("form").addEventListener("input", () => {
+  history.replaceState(null, "", "#" + get("coder").value), show();
+});
+addEventListener("hashchange", open), open();
 </script>
 """
-
-def main():
-    parser = argparse.ArgumentParser(prog="eval.py", description=__doc__.splitlines()[0])
-    flag = parser.add_argument
-    flag("run", metavar="RUN", type=Path, help="run directory that skipcoder.py wrote")
-    flag("--tokens", type=float, default=2e5, help="held-out tokens to evaluate on (default %(default)s)")
-    flag("--latents", type=int, default=300, help="latents scored per coder (default %(default)s)")
-    flag("--json", type=Path, help="write all numbers to this file")
-    flag("--html", type=Path, help="write a page to look at the scored latents to this file")
-    flag("--seed", type=int, default=0, help="seed of the choice of latents and contexts (default 0)")
-    flag("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
-    flag("--dataset", help="data set to evaluate on (default: the run's)")
-    flag("--subset", help="configuration of that data set (default: the run's)")
-    args = skipcoder.parse(parser)
-    config, coders = skipcoder.load_run(args.run, args.device)
-    if args.dataset is None:
-        args.dataset, args.subset = config["dataset"], args.subset or config["subset"]
-    for name, path in (("--json", args.json), ("--html", args.html)):
-        with blame(f"{name} {path}", "pass the name of a file that can be written"):
-            path and path.open("a").close()
-    report, shown = evaluate(config, coders, args)
-    print(markdown(table(report)), *remarks(report), sep="\n\n")
-    if args.json:
-        skipcoder.write(f"--json {args.json}", {args.json: json.dumps(report, indent=2) + "\n"})
-    if args.html:
-        skipcoder.write(f"--html {args.html}", {args.html: page(report, *shown)})
 
 if __name__ == "__main__":
     main()

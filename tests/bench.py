@@ -70,18 +70,22 @@ def time_eval(argv: list[str]):
     """Run eval.py, with plain forward passes, head included, of batches of 2,048 tokens before and after it."""
     config, _ = skipcoder.load_run(argv[0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lm = skipcoder.load_lm(config["model"], device)
-    tokens = torch.randint(lm.config.vocab_size, (2048 // config["ctx_len"], config["ctx_len"]), device=device)
-    forward = torch.no_grad()(lambda: lm(tokens, use_cache=False).logits[0, 0, 0].item())
-    before, start = timed(forward, 5), time.perf_counter()
+    tokens = torch.randint(1000, (2048 // config["ctx_len"], config["ctx_len"]), device=device)
+
+    @torch.no_grad()
+    def plain() -> float:
+        lm = skipcoder.load_lm(config["model"], device)
+        return timed(lambda: lm(tokens, use_cache=False).logits[0, 0, 0].item(), 5)
+
+    before, start = plain(), time.perf_counter()
     evaluate, reports = evaluation.evaluate, []
     evaluation.evaluate = lambda *args: (reports.append(evaluate(*args)), reports[0])[1]
     sys.argv = ["eval.py", *argv]
     evaluation.main()
     seconds, read = time.perf_counter() - start, reports[0][0]["tokens"]
-    after = timed(forward, 5)
+    after = plain()
     passes = seconds / ((before + after) / 2 * read / tokens.numel())
-    print(f"eval.py {seconds:.0f} s for {read:,} tokens: {passes:.2f} plain passes ({before:.2f}, {after:.2f} s a batch)")
+    print(f"eval.py: {seconds:.0f} s for {read:,} tokens, {passes:.2f} plain passes ({before:.2f}, {after:.2f} s a batch)")
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -94,8 +94,8 @@ def test_as_a_user_meets_it(tiny, tmp_path):
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and re.match(says, done.stderr), done.stderr
 
 def test_eval_flags(capfd, trained, tmp_path):
-    values = {"--tokens": 0, "--latents": 0, "--json": tmp_path, "--html": "/proc/page.html", "--device": "abacus"}
-    for flag, value in (values | {"--dataset": "no-such-data"}).items():
+    values = {"--tokens": 0, "--latents": 0, "--json": tmp_path, "--html": "/proc/page.html", "--svg": tmp_path}
+    for flag, value in (values | {"--device": "abacus", "--dataset": "no-such-data"}).items():
         assert flag in fails(evaluation, capfd, trained, flag, value)
 
 def test_eval_runs_that_are_none(capfd, trained, tmp_path):

@@ -4,9 +4,11 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import re
 import shutil
 from unittest import mock
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ def evaluated(trained, tmp_path_factory):
     shown = page.call_args[0][1:]
     return stdout.getvalue(), json.loads((folder / "e.json").read_text()), (folder / "e.html").read_text(), shown
 
-PROXY = {"intruder", "intruder_se", "intruder_sd", "intruder_by_quantile", "latents_scored"}
+PROXY = {"intruder", "intruder_se", "intruder_sd", "intruder_by_quantile", "intruder_histogram", "latents_scored"}
 LOSSES = {"fvu", "fvu_all", "ce", "ce_increase", "ce_increase_se", "ce_recovered", "kl", "kl_se"}
 
 def test_report(evaluated, trained):
@@ -78,7 +80,8 @@ def test_numbers_equal_a_dense_float64_computation(trained, tiny, device, monkey
         def hook(module, args, output):
             seen.extend((args[0], output))
             if y_hat is not None:
-                output[:, 1:] = torch.where(counts.view(len(tokens), 31, 1), y_hat.view_as(output[:, 1:]), output[:, 1:])
+                whole = output[:, 1:]
+                output[:, 1:] = torch.where(counts.view(len(tokens), 31, 1), y_hat.view_as(whole), whole)
             return output
 
         seen, handle = [], lm.transformer.h[1].mlp.register_forward_hook(hook)
@@ -187,6 +190,7 @@ def test_summary():
     found = torch.tensor([[1, 1, 1, 0, 0, 1, 0, 0, 0, 0], [1, 1, 0, 1, 0, 1, 1, 1, 0, 0]]).bool()
     row = evaluation.summary(found)
     assert row.pop("intruder_by_quantile") == [1, 0.75, 0.5, 0.25, 0]
+    assert row.pop("intruder_histogram") == [0, 0, 0, 0, 0.5, 0, 0.5, 0, 0, 0, 0]
     assert row == pytest.approx({"intruder": 0.5, "intruder_se": 0.1, "intruder_sd": 0.02**0.5, "latents_scored": 2})
 
 def test_activity_keeps_what_it_should():
@@ -214,7 +218,8 @@ EVIL = '<script>alert(1)</script><b>bold</b> <!-- </script> & "quotes" \x07 \ud7
 def check_page(page) -> dict:
     """The data of a page on which nothing that it shows is a tag."""
     assert page.count("<script") == 2 and page.count("</script") == 2 and "<b>" not in page and "<!--" not in page
-    assert not re.search(r"(src|href)=|url\(|@import|https?://", page)
+    page_alone = page.replace('xmlns="http://www.w3.org/2000/svg"', "")  # a name, not an address
+    assert not re.search(r"(src|href)=|url\(|@import|https?://", page_alone)
     return json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.DOTALL)[1])
 
 def test_what_is_missing_is_said_and_the_page_escapes_what_documents_contain(trained, tmp_path, capsys, monkeypatch):
@@ -259,14 +264,76 @@ def test_page(evaluated):
         row = report["coders"].get(name) or report["baselines"][name]
         assert len(on_page) == row["latents_scored"] > 10
         assert sum(latent[1] for latent in on_page) / len(on_page) == pytest.approx(row["intruder"])
-        for (_, _, density, top, contexts), (tokens, acts) in zip(on_page, latents[name][0].values()):
+        for (_, _, density, top, contexts, promoted), (tokens, acts) in zip(on_page, latents[name][0].values()):
             assert density == pytest.approx(len(tokens) / report["tokens"]) and top == acts.max()
             assert [c[0] for c in contexts] == [0, 0, 0, 0, 1, 2, 3, 4]
+            assert len(promoted) == (0 if name == "neurons" else 5)
             _, peak, words, levels = contexts[0]  # it holds the largest activation
             token = seen.flatten()[places[tokens[0]]]
             assert levels[peak] == "9" and data["text"][words[peak]] == evaluation.legible(tokenizer, token)
             for fifth, peak, words, levels in contexts:
                 assert len(words) == len(levels) and 0 <= peak < len(words)
+
+def test_promoted_tokens(tiny):
+    """Those with the largest products of the unembedding and the direction, centred, times the final norm's weight."""
+    lm, W = AutoModelForCausalLM.from_pretrained(tiny), torch.randn(7, 32)
+    norm = lm.transformer.ln_f
+    norm.weight.data, norm.bias.data = torch.rand(32) + 0.5, 100 * torch.randn(32)
+    logits = (W - W.mean(1, keepdim=True)) * norm.weight @ lm.lm_head.weight.T
+    assert torch.equal(evaluation.promoted(lm, W), logits.topk(5).indices)
+
+# A line through the k of each architecture, in numbers that we make up: (CE increase, score) of two or three k.
+LINES = {"sae": [(0.04, 0.7), (0.01, 0.6)], "transcoder": [(0.02, 0.8), (0.002, 0.8)], "skip_transcoder": [(1e-3, 0.9)]}
+
+def made_up() -> dict:
+    number = dict.fromkeys("fvu fvu_all l0 dead ce ce_increase_se ce_recovered kl kl_se intruder_sd".split(), 0.5)
+    number |= {"intruder_by_quantile": [0.5] * 5, "intruder_histogram": [0.2, 0.8], "latents_scored": 300}
+    rows = {}
+    for arch, line in LINES.items():
+        for k, (ce_increase, score) in zip((8, 64), line):
+            rows[f"{arch}-k{k}"] = number | {"arch": arch, "k": k, "ce_increase": ce_increase, "intruder": score}
+            rows[f"{arch}-k{k}"]["intruder_se"] = 0.02
+    return {"coders": rows, "baselines": {}}
+
+def test_scores_are_compared_at_equal_ce_increase():
+    """Where the lines overlap, from .01 to .02: the SAE's is .6 to .65 there, and .625 in the mean over log CE."""
+    report = made_up()
+    (sentence,) = evaluation.compare(report, "transcoder", "sae")
+    low, high, difference, error = map(float, re.findall(r"[-+]?\d*\.\d+", sentence))
+    assert (low, high, difference) == (0.01, 0.02, pytest.approx(0.175, abs=1e-3)) and " above " in sentence
+    # the weights of the points in their line's mean: how far the middle of the overlap is from each
+    sae, transcoder = 0.25, math.log(2) / 2 / math.log(10)
+    variance = sum(w**2 + (1 - w) ** 2 for w in (sae, transcoder)) * 0.02**2
+    assert error == pytest.approx(variance**0.5, abs=1e-3)
+    assert evaluation.compare(report, "skip_transcoder", "transcoder") == []  # one k is no line
+    report["coders"]["transcoder-k8"]["intruder"] = report["coders"]["transcoder-k64"]["intruder"] = 0.625
+    assert "no different from" in evaluation.compare(report, "transcoder", "sae")[0]
+
+def test_picture():
+    """A point is where the marks of the axes, whose numbers stand there, put it: on a log scale and a linear one."""
+    report = made_up()
+    svg = ElementTree.fromstring(evaluation.chart(report, "ce_increase", "intruder").replace(' xmlns="', ' ns="'))
+    assert "".join(svg.itertext()).count("skip_transcoder") == 2  # in the legend and on its point
+    texts = [(float(t.get("x")), float(t.get("y")), t.text) for t in svg.findall("text")]
+    across = {float(word): x for x, y, word in texts if y == 266}
+    down = {float(word): y - 4 for x, y, word in texts if x == 44}
+    assert {0.001, 0.01} <= set(across) and {0.6, 0.9} <= set(down) and len(across) + len(down) < 16
+    points = {}
+    for group in svg.iter("g"):
+        if (title := group.find("title")) is not None:
+            arch, k = re.match(r"(\w+), k (\d+): CE increase", title.text).groups()
+            marker = group.findall("path")[1].get("transform")
+            points[arch, int(k)] = [float(number) for number in re.findall(r"[\d.]+", marker)]
+            assert group.find("text").text == k
+    for row in report["coders"].values():
+        x, y = points[row["arch"], row["k"]]
+        share = math.log10(row["ce_increase"] / 0.001)  # of the way from .001 to .01
+        assert x == pytest.approx(across[0.001] + share * (across[0.01] - across[0.001]), abs=0.3)
+        share = (row["intruder"] - 0.6) / 0.3
+        assert y == pytest.approx(down[0.6] + share * (down[0.9] - down[0.6]), abs=0.3)
+    for row in report["coders"].values():
+        row["intruder"] = None
+    assert evaluation.chart(report, "ce_increase", "intruder") == ""
 
 # What the README says is so.
 

@@ -132,7 +132,8 @@ def test_several_k_are_several_runs_in_one(tiny, tmp_path):
         assert config["k"] == k and list(alone) == list(ARCHS)
         for arch in ARCHS:
             name = f"{arch}-k{k}"
-            assert both[name].k == alone[arch].k == k and both[name].arch == arch and log["fvu"][arch] == last["fvu"][name]
+            assert both[name].k == alone[arch].k == k and both[name].arch == arch
+            assert log["fvu"][arch] == last["fvu"][name]
             assert json.loads((tmp_path / "both" / name / "h.1.mlp/cfg.json").read_text())["k"] == k
             for p, q in zip(both[name].parameters(), alone[arch].parameters()):
                 assert torch.equal(p, q)
