@@ -131,33 +131,19 @@ def fit_affine(activations: skipcoder.MLPActivations, batches, device: torch.dev
     return A[:-1], A[-1], x_mean[:-1], y_mean
 
 # ---- The intruder proxy ---------------------------------------------------------------------------------------------
-class Activity:
-    """On how many tokens each of M latents is active; and for those that may be scored, on which, and how much."""
-    def __init__(self, num_latents: int, wanted: int, seed: int):
-        self.generator = torch.Generator().manual_seed(seed)  # its own: no coder's score depends on the others
-        self.wanted = wanted  # which latents are active often enough is known at the end: four times as many are drawn
-        self.drawn = torch.randperm(num_latents, generator=self.generator)[: 4 * wanted]
-        self.count = torch.zeros(num_latents, dtype=torch.int64)  # [M]
-        self.triples = []  # (latent, token, activation), each [n]
-
-    def add(self, acts: Tensor, indices: Tensor, start: int):
-        """acts, indices [N, k] of the tokens start to start + N of the sample."""
-        acts, indices = acts.cpu(), indices.cpu()
-        token, slot = (acts > 0).nonzero(as_tuple=True)
-        latent = indices[token, slot]
-        self.count += latent.bincount(minlength=len(self.count))
-        kept = torch.isin(latent, self.drawn)
-        self.triples.append((latent[kept].int(), (token[kept] + start).int(), acts[token, slot][kept].float()))
-
-    def sample(self, n: int) -> dict[int, tuple[Tensor, Tensor]]:
-        """Per scored latent the tokens it is active on, of n, and its activations there, [m] each, largest first."""
-        latent, token, act = map(torch.cat, zip(*self.triples))
-        count, active = self.count[self.drawn], {}
-        scored = self.drawn[(count >= MIN_ACTIVE) & (count < n)][: self.wanted]  # one on all tokens has no intruder
-        for j in scored.tolist():
-            acts, order = act[latent == j].sort(descending=True, stable=True)
-            active[j] = token[latent == j][order].long(), acts
-        return active
+def active_tokens(acts: Tensor, indices: Tensor, num_latents: int, wanted: int, generator) -> tuple[dict, Tensor]:
+    """From acts, indices [n, k] of the sample draw `wanted` latents that can be scored. Return by latent the tokens it
+    is active on and its activations there, [m] each, largest first; and of all latents the share of tokens, [M]."""
+    token, slot = (acts > 0).nonzero(as_tuple=True)  # [pairs] each
+    latent, act = indices[token, slot], acts[token, slot]
+    count, active = latent.bincount(minlength=num_latents), {}  # [M]
+    drawn = torch.randperm(num_latents, generator=generator)
+    can_be_scored = (count[drawn] >= MIN_ACTIVE) & (count[drawn] < len(acts))  # one on all tokens has no intruder
+    for j in drawn[can_be_scored][:wanted].tolist():
+        mine = (latent == j).nonzero().flatten()
+        order = act[mine].argsort(descending=True, stable=True)
+        active[j] = token[mine][order], act[mine][order]
+    return active, count.double() / len(acts)
 
 def intruder_trials(active: dict[int, tuple[Tensor, Tensor]], hidden: Tensor, mean: Tensor, generator) -> Tensor:
     """For each latent of `active` and each of 10 trials, whether the intruder was found: bool [latents, 10].
@@ -208,7 +194,7 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
     device, ctx_len, d, M = args.device, config["ctx_len"], config["d"], config["num_latents"]
     max_norm = config.get("max_norm", math.inf)
     k = sorted(coder.k for coder in coders.values())[len(coders) // 2]  # of the baselines: the middle one of several
-    rows = max(1, 2048 // ctx_len)  # in a batch: log-probabilities over the vocabulary are large
+    rows = max(1, 1024 // ctx_len)  # in a batch: log-probabilities over the vocabulary are large
     batches = math.ceil(args.tokens / rows / (ctx_len - 1))  # position 0 does not count
     to_fit = max(batches, math.ceil(100 * d / rows / ctx_len))  # fewer would overfit the affine map by over 1%
     with blame(f"RUN {args.run}: its model {config['model']}", skipcoder.MODEL):
@@ -230,7 +216,7 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
     untrained = Coder("transcoder", d, M, k, seed=args.seed + 1).to(device).requires_grad_(False)
     untrained.b_enc.data = -(untrained.W_enc @ x_mean)  # [M, d] @ [d] -> [M]
 
-    patched, losses, activity, n = PatchedLM(lm, config["layer"]), Losses(), {}, 0
+    patched, losses, used = PatchedLM(lm, config["layer"]), Losses(), defaultdict(list)
     seen, places, hidden = [], [], []  # rows read; of each token that counts its place in them, and its hidden state
     for tokens in tqdm(islice(held_out, batches), "held-out", batches, leave=False):
         predicts = len(losses.ce["clean"]) * (ctx_len - 1) < CE_TOKENS
@@ -249,9 +235,7 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
         active = {name: (acts, indices) for name, (_, acts, indices) in coded.items()}
         active["neurons"] = neurons.topk(min(k, neurons.shape[1]), sorted=False)
         for name, (acts, indices) in active.items():
-            new = Activity(neurons.shape[1] if name == "neurons" else M, args.latents, args.seed)
-            activity.setdefault(name, new).add(acts[counts], indices[counts], n)
-        n += len(places[-1])
+            used[name].append((acts[counts].float().cpu(), indices[counts].int().cpu()))
 
         y_hats = {name: coded[name][0] for name in coders}
         y_hats |= {"affine": x @ A + b, "mean": y_mean.expand_as(y), "zero": torch.zeros_like(y)}
@@ -264,14 +248,16 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
     if not seen:
         sys.exit(f"error: --dataset {args.dataset}: too little text, its held-out documents fill no row of {ctx_len}")
 
-    hidden, latents, found = torch.cat(hidden), {}, {}
-    mean = hidden.float().mean(0)
-    for name, a in activity.items():
-        latents[name] = a.sample(n)
-        found[name] = intruder_trials(latents[name], hidden, mean, a.generator)
+    hidden, latents, density, found = torch.cat(hidden), {}, {}, {}
+    n, mean = len(hidden), hidden.float().mean(0)
+    for name, batches in used.items():
+        random = torch.Generator().manual_seed(args.seed)  # its own: no coder's score depends on the others
+        acts, indices = map(torch.cat, zip(*batches))  # [n, k]
+        width = neurons.shape[1] if name == "neurons" else M
+        latents[name], density[name] = active_tokens(acts, indices, width, args.latents, random)
+        found[name] = intruder_trials(latents[name], hidden, mean, random)
     random = torch.Generator().manual_seed(args.seed)
     found["null"] = intruder_found(torch.randint(n, (args.latents, TRIALS, SHOWN + 1), generator=random), hidden, mean)
-    density = {name: a.count.double() / n for name, a in activity.items()}  # [M] share of tokens
     report = {"tokens": n, "run": {key: config[key] for key in IN_REPORT} | {"tokens_asked_for": args.tokens}}
     keys = {"clean": "clean_ce", "mean": "mean_ablated_ce", "zero": "zero_ablated_ce"}
     report |= {key: losses.report(name)["ce"] for name, key in keys.items()}
@@ -284,7 +270,8 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
     report["baselines"] = {"affine": losses.report("affine")}
     report["baselines"] |= {name: summary(found[name]) | {"k": k} for name in ("neurons", "untrained")}
     report["baselines"]["null"] = summary(found["null"])
-    tops = {name: promoted(lm, coder.W_dec[list(latents[name])]) for name, coder in coders.items()}
+    chosen = {name: torch.tensor([*latents[name]], dtype=torch.int64).to(device) for name in coders}
+    tops = {name: promoted(lm, coder.W_dec[chosen[name]]) for name, coder in coders.items()}
     tops["neurons"] = torch.empty(len(latents["neurons"]), 0)  # what they write is not looked up
     shown = {name: (latents[name], found[name], density[name], top) for name, top in tops.items()}
     return report, (torch.cat(seen), torch.cat(places), shown, tokenizer)
@@ -478,13 +465,14 @@ def page(report: dict, seen: Tensor, places: Tensor, latents: dict, tokenizer) -
                 contexts.append([q, column - first, words, "".join(map(str, levels))])
             numbers = [latent, right.double().mean().item(), density[latent].item(), acts.max().item()]
             coders[name].append([*numbers, contexts, [number(t) for t in most.tolist()]])
-    data = json.dumps({"text": [legible(tokenizer, token) for token in vocabulary], "coders": coders})
+    data = {"text": [legible(tokenizer, token) for token in vocabulary], "coders": coders}
     parts = {"TITLE": html.escape(f"{Path(report['run']['model']).name} {report['run']['hookpoint']}")}
     cells = table(report)
     rows = [[f'<td title="{head}">{html.escape(c)}' for head, c in zip(cells[0], row)] for row in cells]
     parts["RESULTS"] = "".join("<tr>" + "".join(row) for row in rows)
     parts["PICTURES"] = chart(report, "ce_increase", "intruder") + chart(report, "l0", "fvu")
     parts["NOTES"] = "".join(f"<p>{html.escape(line)}" for line in remarks(report))
+    data = json.dumps(data, separators=(",", ":"))
     parts["DATA"] = data.replace("<", "\\u003c")  # no document's text is taken for a tag
     return re.sub("@([A-Z]+)@", lambda match: parts[match[1]], PAGE)
 

@@ -66,12 +66,12 @@ def test_numbers_equal_a_dense_float64_computation(trained, tiny, device, monkey
     monkeypatch.setattr(evaluation, "fit_affine", keep)
     monkeypatch.setattr(evaluation, "intruder_trials", lambda *seen: judged.append(seen) or trials(*seen))
     monkeypatch.setattr(evaluation, "CE_TOKENS", 3000)
-    ce_rows = 128  # of 31 tokens each, in batches of 64 rows: the first ones that make 3000
+    ce_rows = 128  # of 31 tokens each, in batches of 32 rows: the first ones that make 3000
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     lm = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64).eval().to(device)
-    kept, held_out = (torch.cat([*token_batches(config["dataset"], None, tokenizer, 32, 64, side)]) for side in (0, 1))
-    held_out = held_out[:256]  # the first multiple of 64 rows with 6000 tokens
+    kept, held_out = (torch.cat([*token_batches(config["dataset"], None, tokenizer, 32, 32, side)]) for side in (0, 1))
+    held_out = held_out[:224]  # the first multiple of 32 rows with 6000 tokens
 
     @torch.no_grad()
     def run_lm(tokens, y_hat=None):
@@ -96,7 +96,7 @@ def test_numbers_equal_a_dense_float64_computation(trained, tiny, device, monkey
     counts = y.norm(dim=1) < limit  # [N]
     report, *_ = evaluation.evaluate(config, coders, args)
     n = counts.sum().item()
-    assert report["tokens"] == n < 0.96 * len(y) and len(held_out) == 256
+    assert report["tokens"] == n < 0.96 * len(y) and len(held_out) == 224
     assert torch.equal(torch.cat(training), kept[: sum(map(len, training))]) and sum(map(len, training)) >= 103
     x_train, y_train = [], []
     for batch in training:
@@ -193,25 +193,23 @@ def test_summary():
     assert row.pop("intruder_histogram") == [0, 0, 0, 0, 0.5, 0, 0.5, 0, 0, 0, 0]
     assert row == pytest.approx({"intruder": 0.5, "intruder_se": 0.1, "intruder_sd": 0.02**0.5, "latents_scored": 2})
 
-def test_activity_keeps_what_it_should():
-    generator = torch.Generator().manual_seed(0)
-    activity = evaluation.Activity(30, 10, seed=0)
-    z = torch.rand(2000, 30, generator=generator) * (torch.rand(2000, 30, generator=generator) < 0.05)
-    first, second, third = activity.drawn[:3].tolist()  # they would be the first to be scored
+def test_active_tokens():
+    """Of latents that are active on enough tokens and not on all; where, and how much, largest first."""
+    draw = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    z = torch.rand(2000, 30, generator=draw()) * (torch.rand(2000, 30, generator=draw()) < 0.05)
+    drawn = torch.randperm(30, generator=draw()).tolist()
+    first, second, third = drawn[:3]  # they would be the first to be scored
     z[:, first] = 0  # dead
     z[:, second] = 0
     z[:39, second] = 1  # too rare
     z[:, third] = 1  # on every token: there is none for an intruder
-    for start in range(0, 2000, 25):
-        top = z[start : start + 25].topk(12)
-        activity.add(top.values, top.indices, start)
-    sample = activity.sample(2000)
-    assert list(sample) == activity.drawn[3:13].tolist()
-    for latent, (tokens, acts) in sample.items():
+    active, density = evaluation.active_tokens(*z.topk(12), 30, 10, draw())
+    assert list(active) == drawn[3:13]
+    for latent, (tokens, acts) in active.items():
         assert set(tokens.tolist()) == set(z[:, latent].nonzero().flatten().tolist())
         torch.testing.assert_close(acts, z[tokens, latent])
         assert (acts.diff() <= 0).all()
-    assert torch.equal(activity.count, (z > 0).sum(0))
+    assert torch.equal(density, (z > 0).double().mean(0))
 
 EVIL = '<script>alert(1)</script><b>bold</b> <!-- </script> & "quotes" \x07 \ud7ff é 日本\t\n'
 
