@@ -343,10 +343,9 @@ def remarks(report: dict) -> list[str]:
         f" {run['tokens_trained']:,} tokens of {run['dataset']} with {versions}.",
         f"{report['tokens']:,} held-out tokens; cross-entropy clean {report['clean_ce']:.4f}, with the mean of y in the"
         f" MLP's place {report['mean_ablated_ce']:.4f}, with zero {report['zero_ablated_ce']:.4f} nats/token.",
-        "FVU: share of the variance of the MLP's output that is missed (0 is perfect, predicting the mean is 1). CE"
-        " increase: nats/token that the LM loses with the prediction in the MLP's place; the mean in its place recovers"
-        " 0%. Intruder: how often the odd one out of five contexts is found; chance is 0.2, which null should be within"
-        " 3 standard errors of; compare with neurons and untrained. ±: standard error, over rows of text or latents.",
+        "Low is good in FVU (predicting the mean gives 1), CE increase and KL (nats/token); high in CE recovered (the mean"
+        " in the MLP's place gives 0%) and the intruder score (chance is 0.2, which null should be within 3 errors of;"
+        " compare with neurons and untrained). ±: standard error, over rows of text or over latents.",
     ]
     lines += compare(report, "transcoder", "sae") + compare(report, "skip_transcoder", "transcoder")
     if left_out["tokens"] > 0:
@@ -467,9 +466,8 @@ def page(report: dict, seen: Tensor, places: Tensor, latents: dict, tokenizer) -
             coders[name].append([*numbers, contexts, [number(t) for t in most.tolist()]])
     data = {"text": [legible(tokenizer, token) for token in vocabulary], "coders": coders}
     parts = {"TITLE": html.escape(f"{Path(report['run']['model']).name} {report['run']['hookpoint']}")}
-    cells = table(report)
-    rows = [[f'<td title="{head}">{html.escape(c)}' for head, c in zip(cells[0], row)] for row in cells]
-    parts["RESULTS"] = "".join("<tr>" + "".join(row) for row in rows)
+    rows = ("".join(f"<td>{html.escape(cell)}" for cell in row) for row in table(report))
+    parts["RESULTS"] = "<tr>" + "<tr>".join(rows)
     parts["PICTURES"] = chart(report, "ce_increase", "intruder") + chart(report, "l0", "fvu")
     parts["NOTES"] = "".join(f"<p>{html.escape(line)}" for line in remarks(report))
     data = json.dumps(data, separators=(",", ":"))
@@ -483,18 +481,16 @@ PAGE = """<!doctype html>
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6ea; --paper: #16161a; --faint: #a0a0ac; --line: #444 } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 64rem;
   margin: 0 auto; padding: 1rem; overflow-wrap: anywhere }
-table { border-collapse: collapse; font-size: 13px } td { padding: .15rem .4rem; text-align: right; white-space: pre }
-td, article { border-bottom: thin solid var(--line) } td:first-child { text-align: left; font-weight: 600 }
+table { display: block; overflow-x: auto; border-collapse: collapse; font-size: 13px; white-space: pre }
+td { text-align: right; padding: .15rem .4rem } td:first-child { text-align: left; font-weight: 600 } tr:first-child { font-weight: 600 }
+td, article { border-bottom: thin solid var(--line) }
 #pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem }
 main { scroll-margin-top: 9rem } td:last-child { font-family: monospace }
 form { position: sticky; top: 0; background: var(--paper); padding: .5rem 0; display: flex; flex-flow: wrap; gap: 1rem }
 select, input { font: inherit; max-width: 100% } article { padding: .6rem 0; min-height: 14rem }
 article div { display: grid; grid-template-columns: 3rem 1fr; white-space: pre-wrap; font: 13px/1.7 monospace }
 h1 { font-size: 1.3rem } h2 { font-size: 1rem; margin: 0 } small { font-weight: normal } i { font-style: normal }
-p, small, i { color: var(--faint) } b { box-shadow: inset 0 -2px rgb(var(--hot)) } tr:first-child { font-weight: 600 }
-@media (max-width: 60rem) {  /* a table that does not fit becomes a list of numbers with their names */
-  tbody, tr { display: block; padding: .3rem 0 } tr:first-child, td:empty { display: none }
-  td { display: flex; justify-content: space-between; gap: 1rem; border: 0 } td + td::before { content: attr(title) } }
+p, small, i { color: var(--faint) } b { box-shadow: inset 0 -2px rgb(var(--hot)) }
 </style>
 <h1>@TITLE@</h1><div id="pictures">@PICTURES@</div><table>@RESULTS@</table>@NOTES@
 <p>Below: the scored latents. A line is a context from one fifth of the latent's active tokens, sorted by activation (1
