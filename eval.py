@@ -343,9 +343,9 @@ def remarks(report: dict) -> list[str]:
         f" {run['tokens_trained']:,} tokens of {run['dataset']} with {versions}.",
         f"{report['tokens']:,} held-out tokens; cross-entropy clean {report['clean_ce']:.4f}, with the mean of y in the"
         f" MLP's place {report['mean_ablated_ce']:.4f}, with zero {report['zero_ablated_ce']:.4f} nats/token.",
-        "Low is good in FVU (predicting the mean gives 1), CE increase and KL (nats/token); high in CE recovered (the mean"
-        " in the MLP's place gives 0%) and the intruder score (chance is 0.2, which null should be within 3 errors of;"
-        " compare with neurons and untrained). ±: standard error, over rows of text or over latents.",
+        "Low is good in FVU (predicting the mean gives 1), CE increase and KL (nats/token); high in CE recovered (with the"
+        " mean in the MLP's place it is 0%) and the intruder score (chance is 0.2, which null should be within 3 errors"
+        " of; compare with neurons and untrained). ±: standard error, over rows of text or over latents.",
     ]
     lines += compare(report, "transcoder", "sae") + compare(report, "skip_transcoder", "transcoder")
     if left_out["tokens"] > 0:
@@ -482,8 +482,8 @@ PAGE = """<!doctype html>
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 64rem;
   margin: 0 auto; padding: 1rem; overflow-wrap: anywhere }
 table { display: block; overflow-x: auto; border-collapse: collapse; font-size: 13px; white-space: pre }
-td { text-align: right; padding: .15rem .4rem } td:first-child { text-align: left; font-weight: 600 } tr:first-child { font-weight: 600 }
-td, article { border-bottom: thin solid var(--line) }
+td { text-align: right; padding: .15rem .4rem } td:first-child, tr:first-child { font-weight: 600 }
+td:first-child { text-align: left } td, article { border-bottom: thin solid var(--line) }
 #pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem }
 main { scroll-margin-top: 9rem } td:last-child { font-family: monospace }
 form { position: sticky; top: 0; background: var(--paper); padding: .5rem 0; display: flex; flex-flow: wrap; gap: 1rem }
