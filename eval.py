@@ -343,9 +343,9 @@ def remarks(report: dict) -> list[str]:
         f" {run['tokens_trained']:,} tokens of {run['dataset']} with {versions}.",
         f"{report['tokens']:,} held-out tokens; cross-entropy clean {report['clean_ce']:.4f}, with the mean of y in the"
         f" MLP's place {report['mean_ablated_ce']:.4f}, with zero {report['zero_ablated_ce']:.4f} nats/token.",
-        "Low is good in FVU (predicting the mean gives 1), CE increase and KL (nats/token); high in CE recovered (with the"
-        " mean in the MLP's place it is 0%) and the intruder score (chance is 0.2, which null should be within 3 errors"
-        " of; compare with neurons and untrained). ±: standard error, over rows of text or over latents.",
+        "Good is a low FVU (predicting the mean gives 1), CE increase and KL (nats/token), and a high CE recovered (0%"
+        " with the mean in the MLP's place) and intruder score (chance is 0.2, which null should be within 3 errors of;"
+        " compare with neurons and untrained). ±: standard error, over rows of text or over latents.",
     ]
     lines += compare(report, "transcoder", "sae") + compare(report, "skip_transcoder", "transcoder")
     if left_out["tokens"] > 0:
