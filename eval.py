@@ -171,11 +171,8 @@ def intruder_found(shown: Tensor, hidden: Tensor, mean: Tensor) -> Tensor:
 
     That is the one whose summed cosine similarity to the others is smallest (to itself it is 1 for all).
     """
-    found = []
-    for tokens in shown:  # [trials, 5]
-        unit = nn.functional.normalize(hidden[tokens].float() - mean, dim=-1)  # [trials, 5, d]
-        found.append((unit @ unit.mT).sum(-1).argmin(-1) == SHOWN)  # [trials, 5, 5] -> [trials]
-    return torch.stack(found) if found else torch.empty(0, TRIALS, dtype=torch.bool)
+    unit = nn.functional.normalize(hidden[shown].float() - mean, dim=-1)  # [latents, trials, 5, d]
+    return (unit @ unit.mT).sum(-1).argmin(-1) == SHOWN  # [latents, trials, 5, 5] -> [latents, trials]
 
 def summary(found: Tensor) -> dict:
     """Score, its error, spread over latents and by fifth, from bool [latents, trials]; None for fewer than two."""
