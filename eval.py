@@ -498,17 +498,13 @@ the top fifth, 5 the lowest). Shading: activation, relative to the latent's larg
 <label>fires on <input id="token" type="search"></label><span id="count"></span></form>
 <main id="latents"></main><script id="data" type="application/json">@DATA@</script><script>
 const get = id => document.getElementById(id), {text, coders} = JSON.parse(get("data").textContent);
-const add = (parent, tag, content = "") => {  // textContent: whatever a document holds is shown, never run
-  const node = parent.appendChild(document.createElement(tag));
-  node.textContent = content;
-  return node;
-};
+const add = (parent, tag, textContent = "", more = {}) =>  // as text, what a document holds is shown and never run
+  parent.appendChild(Object.assign(document.createElement(tag), {textContent, ...more}));
 for (const name in coders) add(get("coder"), "option", name);
 function fill(card, [latent, score, density, top, contexts, promoted]) {
-  const about = `score ${score.toFixed(1)} · active on ${(100 * density).toPrecision(2)}% of tokens`;
-  const title = add(card, "h2"), link = add(title, "a", `latent ${latent}`);
-  link.href = `#${get("coder").value}/${latent}`;
-  add(title, "small", ` ${about} · largest activation ${top.toPrecision(3)}`);
+  const title = add(card, "h2"), about = ` score ${score.toFixed(1)} · active on ${(100 * density).toPrecision(2)}%`;
+  add(title, "a", `latent ${latent}`, {href: `#${get("coder").value}/${latent}`});
+  add(title, "small", `${about} of tokens · largest activation ${top.toPrecision(3)}`);
   if (promoted.length) add(card, "small", "promotes " + promoted.map(token => `“${text[token]}”`).join(" "));
   for (const [fifth, peak, tokens, levels] of contexts) {
     const line = add(card, "div"), words = (add(line, "i", fifth + 1 + "/5"), add(line, "span"));
@@ -519,10 +515,8 @@ function fill(card, [latent, score, density, top, contexts, promoted]) {
   }
 }
 const onSight = new IntersectionObserver(entries => {  // a card is filled when it is scrolled to
-  for (const {target} of entries.filter(entry => entry.isIntersecting)) {
-    onSight.unobserve(target), target.style.minHeight = 0;
-    fill(target, target.latent);
-  }
+  for (const {isIntersecting, target} of entries)
+    if (isIntersecting && !target.hasChildNodes()) fill(target, target.latent), target.style.minHeight = 0;
 }, {rootMargin: "600px"});
 function show() {
   const sort = +get("sort").value, key = Math.abs(sort), token = get("token").value;
@@ -532,18 +526,16 @@ function show() {
   chosen.sort((a, b) => opened(b) - opened(a) || (sort < 0 ? -1 : 1) * (a[key] - b[key]) || a[0] - b[0]);
   get("count").textContent = chosen.length + " latents";
   get("latents").replaceChildren();
-  for (const latent of chosen) onSight.observe(Object.assign(add(get("latents"), "article"), {latent}));
+  for (const latent of chosen) onSight.observe(add(get("latents"), "article", "", {latent}));
 }
-function open() {  // what the address names, as in #transcoder/1234
+onhashchange = () => {  // open what the address names, as in #transcoder/1234
   const name = location.hash.slice(1).split("/")[0];
   if (name in coders) get("coder").value = name;
   show();
-  if (name in coders) get("latents").scrollIntoView();
-}
-document.querySelector("form").addEventListener("input", () => {
-  history.replaceState(null, "", "#" + get("coder").value), show();
-});
-addEventListener("hashchange", open), open();
+  if (name) get("latents").scrollIntoView();
+};
+document.forms[0].oninput = () => (history.replaceState(null, "", "#" + get("coder").value), show());
+onhashchange();
 </script>
 """
 

@@ -224,6 +224,7 @@ def test_what_is_missing_is_said_and_the_page_escapes_what_documents_contain(tra
     """A run that was stopped, a k above the number of neurons, little text, no latent scored; HTML in the text."""
     folder = shutil.copytree(trained, tmp_path / "run")
     config = json.loads((folder / "config.json").read_text())
+    del config["max_norm"]  # as in runs of before there was one
     (folder / "config.json").write_text(json.dumps(config | {"k": 200, "tokens": 1_000_000}))
     (tmp_path / "evil.jsonl").write_text("\n".join(json.dumps({"text": f"{i} {EVIL}" * 20}) for i in range(100)))
     evaluate = f"{folder} --dataset {tmp_path}/evil.jsonl --latents 10 --device cpu --tokens 123456"
