@@ -98,14 +98,14 @@ def test_numbers_equal_a_dense_float64_computation(trained, tiny, device, monkey
     n = counts.sum().item()
     assert report["tokens"] == n < 0.96 * len(y) and len(held_out) == 224
     assert torch.equal(torch.cat(training), kept[: sum(map(len, training))]) and sum(map(len, training)) >= 103
-    x_train, y_train = [], []
+    pairs = []
     for batch in training:
-        pairs = list(zip(*run_lm(batch)[1:3]))
-        for i, pair in enumerate(pairs):  # in place of an outlier, the last one before it, or else the first after it
-            before = [p for p in pairs[:i + 1] if p[1].norm() < limit]
-            pair = before[-1] if before else next(p for p in pairs if p[1].norm() < limit)
-            x_train.append(pair[0]), y_train.append(pair[1])
-    x_train, y_train = torch.stack(x_train), torch.stack(y_train)
+        here = list(zip(*run_lm(batch)[1:3]))
+        last = next(pair for pair in here if pair[1].norm() < limit)
+        for pair in here:  # in place of an outlier, the last one before it that is none, or else the first after it
+            last = pair if pair[1].norm() < limit else last
+            pairs.append(last)
+    x_train, y_train = map(torch.stack, zip(*pairs))
     with_one = lambda x: torch.nn.functional.pad(x, (0, 1), value=1)  # noqa: E731
     y_hats = {"affine": with_one(x) @ torch.linalg.lstsq(with_one(x_train), y_train).solution}
     y_hats |= {"mean": y_train.mean(0).expand_as(y), "zero": torch.zeros_like(y)}
@@ -216,8 +216,7 @@ EVIL = '<script>alert(1)</script><b>bold</b> <!-- </script> & "quotes" \x07 \ud7
 def check_page(page) -> dict:
     """The data of a page on which nothing that it shows is a tag."""
     assert page.count("<script") == 2 and page.count("</script") == 2 and "<b>" not in page and "<!--" not in page
-    page_alone = page.replace('xmlns="http://www.w3.org/2000/svg"', "")  # a name, not an address
-    assert not re.search(r"(src|href)=|url\(|@import|https?://", page_alone)
+    assert not re.search(r"(src|href)=|url\(|@import|https?://(?!www.w3.org/2000/svg)", page)  # that is but a name
     return json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.DOTALL)[1])
 
 def test_what_is_missing_is_said_and_the_page_escapes_what_documents_contain(trained, tmp_path, capsys, monkeypatch):
@@ -300,9 +299,8 @@ def test_scores_are_compared_at_equal_ce_increase():
     (sentence,) = evaluation.compare(report, "transcoder", "sae")
     low, high, difference, error = map(float, re.findall(r"[-+]?\d*\.\d+", sentence))
     assert (low, high, difference) == (0.01, 0.02, pytest.approx(0.175, abs=1e-3)) and " above " in sentence
-    # the weights of the points in their line's mean: how far the middle of the overlap is from each
-    sae, transcoder = 0.25, math.log(2) / 2 / math.log(10)
-    variance = sum(w**2 + (1 - w) ** 2 for w in (sae, transcoder)) * 0.02**2
+    shares = 0.25, math.log(2) / 2 / math.log(10)  # of the way between the points: where the middle of the overlap is
+    variance = sum(share**2 + (1 - share) ** 2 for share in shares) * 0.02**2
     assert error == pytest.approx(variance**0.5, abs=1e-3)
     assert evaluation.compare(report, "skip_transcoder", "transcoder") == []  # one k is no line
     report["coders"]["transcoder-k8"]["intruder"] = report["coders"]["transcoder-k64"]["intruder"] = 0.625
@@ -330,9 +328,7 @@ def test_picture():
         assert x == pytest.approx(across[0.001] + share * (across[0.01] - across[0.001]), abs=0.3)
         share = (row["intruder"] - 0.6) / 0.3
         assert y == pytest.approx(down[0.6] + share * (down[0.9] - down[0.6]), abs=0.3)
-    for row in report["coders"].values():
-        row["intruder"] = None
-    assert evaluation.chart(report, "ce_increase", "intruder") == ""
+    assert evaluation.chart({"coders": {}}, "ce_increase", "intruder") == ""
 
 # What the README says is so.
 

@@ -184,8 +184,7 @@ def test_outliers_are_replaced_by_the_token_before_them(tiny, device):
             assert torch.equal(a, whole[index])
         norms = y.norm(dim=1) * factor[:, 1:].flatten() / scale
         assert activations.max_norm == pytest.approx(10 * norms.median().item())
-    given = MLPActivations(lm, mlp, activations.max_norm * 1e6)
-    assert torch.equal(given(tokens)[0], x)
+    assert torch.equal(MLPActivations(lm, mlp, activations.max_norm * 1e6)(tokens)[0], x)  # a threshold that is given
 
 def test_mlps_that_cannot_be_coded(device):
     """BLOOM's MLP adds the residual stream to its output, and a mixture of experts has no neurons of its own."""
