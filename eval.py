@@ -20,7 +20,7 @@ untrained transcoder and random tokens for the last. What counts in a row of T t
     x, y, latents            *    *   ...    *     *
     predicts position        2    3   ...   T-1
 
-Nor do outliers count, tokens whose |y| is over the run's max_norm: when the LM is patched, the true y stays there.
+Outliers, tokens whose |y| is over the run's max_norm, do not count either. A patched LM keeps its y there and at 0.
 """
 
 import argparse
@@ -48,7 +48,7 @@ FIFTHS = 5  # quantiles of a latent's activations that they are spread over
 SHOWN = 4  # contexts in a trial on which the latent is active; one more is the intruder
 MIN_ACTIVE = 40  # tokens on which a latent has to be active to be scored: 8 in each fifth
 IN_REPORT = "model hookpoint layer k num_latents seed dataset tokens tokens_trained versions".split()  # of config.json
-CE_TOKENS = 20_000  # CE and KL are measured on so many tokens at most: each thing in the MLP's place costs an LM pass
+CE_TOKENS = 20_000  # about so many tokens give CE and KL: each thing in the MLP's place costs a pass through the LM
 
 # ---- The LM, with and without something in the MLP's place ----------------------------------------------------------
 class PatchedLM:
@@ -78,9 +78,9 @@ class PatchedLM:
         return out.logits.log_softmax(-1) if logits else None
 
 class Losses:
-    """What each thing in the MLP's place costs: its squared error, and per row of tokens the mean CE and KL."""
+    """What each thing in the MLP's place costs: squared error, and by row the mean CE and KL of all its predictions."""
     def __init__(self):
-        self.tokens, self.y = 0, 0  # how many there are [2], and the sum of their y [2, d]: those that count, and all
+        self.tokens, self.y = 0, 0  # how many there are [2], and the sum of their y [2, d]: those that count, all but 0
         self.error, self.ce, self.kl = defaultdict(int), defaultdict(list), defaultdict(list)  # errors are [2], too
 
     def add_errors(self, counts: Tensor, y: Tensor, y_hats: dict[str, Tensor]):
@@ -122,8 +122,6 @@ def fit_affine(activations: skipcoder.MLPActivations, batches, device: torch.dev
         x, y = (a.double() for a in activations(tokens.to(device)))
         x = nn.functional.pad(x, (0, 1), value=1)  # [N, d + 1]
         sums = sums + x.T @ torch.cat([x, y], 1)  # [d + 1, 2 d + 1]
-    if isinstance(sums, int):
-        sys.exit("error: --dataset: too little text, its training documents fill no row of tokens")
     xx, xy = sums.split([len(sums), len(sums) - 1], 1)
     ridge = 1e-6 * xx.diagonal().mean() * torch.eye(len(xx), device=device)
     A = torch.linalg.solve(xx + ridge, xy).float()  # [d + 1, d]
@@ -187,7 +185,7 @@ def summary(found: Tensor) -> dict:
 
 # ---- One pass over training tokens, one over held-out tokens --------------------------------------------------------
 def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]:
-    """Return the report and what the page shows: tokens [rows, ctx_len], the places of those that count, latents."""
+    """Return the report and, for the page, the tokens [rows, ctx_len], where those that count are [n], and latents."""
     device, ctx_len, d, M = args.device, config["ctx_len"], config["d"], config["num_latents"]
     max_norm = config.get("max_norm", math.inf)
     k = sorted(coder.k for coder in coders.values())[len(coders) // 2]  # of the baselines: the middle one of several
@@ -199,8 +197,7 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
         source = args.dataset, args.subset, tokenizer, ctx_len, rows
         training, held_out = (skipcoder.token_batches(*source, held_out=side) for side in (False, True))
         lm = skipcoder.load_lm(config["model"], device)
-    width = lm.config.get_text_config().hidden_size
-    if width != d:
+    if (width := lm.config.get_text_config().hidden_size) != d:
         sys.exit(f"error: RUN {args.run}: {config['model']} is {width} wide, the coders {d}: it is another model")
 
     # training documents give the affine map, the mean for mean-ablation, and where an untrained coder starts
@@ -214,7 +211,7 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
     untrained.b_enc.data = -(untrained.W_enc @ x_mean)  # [M, d] @ [d] -> [M]
 
     patched, losses, used = PatchedLM(lm, config["layer"]), Losses(), defaultdict(list)
-    seen, places, hidden = [], [], []  # rows read; of each token that counts its place in them, and its hidden state
+    seen, kept, hidden = [], [], []  # rows read, which of their tokens count, and the last hidden states of those
     for tokens in tqdm(islice(held_out, batches), "held-out", batches, leave=False):
         predicts = len(losses.ce["clean"]) * (ctx_len - 1) < CE_TOKENS
         seen.append(tokens.int())
@@ -224,14 +221,13 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
         x, y, neurons, h = (a.flatten(0, 1).float() for a in tapped)  # [N, width] each, N = rows * ctx_len
         no_sink = torch.arange(len(y), device=device) % ctx_len > 0  # [N]
         counts = no_sink & (y.norm(dim=1) <= max_norm)
-        places.append(counts.cpu().nonzero().flatten() + (len(seen) - 1) * rows * ctx_len)
+        kept.append(counts.cpu())
         hidden.append(h[counts].bfloat16().cpu())
 
         with torch.autocast(device.type, torch.bfloat16, enabled=skipcoder.fast_bfloat16(device)):
             coded = {name: coder(x, y) for name, coder in (coders | {"untrained": untrained}).items()}
-        active = {name: (acts, indices) for name, (_, acts, indices) in coded.items()}
-        active["neurons"] = neurons.topk(min(k, neurons.shape[1]), sorted=False)
-        for name, (acts, indices) in active.items():
+        coded["neurons"] = None, *neurons.topk(min(k, neurons.shape[1]), sorted=False)
+        for name, (_, acts, indices) in coded.items():
             used[name].append((acts[counts].float().cpu(), indices[counts].int().cpu()))
 
         y_hats = {name: coded[name][0] for name in coders}
@@ -242,24 +238,22 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
             for name, y_hat in y_hats.items():
                 in_place = torch.where(counts[:, None], y_hat, y).view_as(patched.y)
                 losses.add_predictions(name, tokens, log_p, patched(tokens, in_place))
-    if not seen:
-        sys.exit(f"error: --dataset {args.dataset}: too little text, its held-out documents fill no row of {ctx_len}")
 
     hidden, latents, density, found = torch.cat(hidden), {}, {}, {}
     n, mean = len(hidden), hidden.float().mean(0)
-    for name, batches in used.items():
+    for name, parts in used.items():
         random = torch.Generator().manual_seed(args.seed)  # its own: no coder's score depends on the others
-        acts, indices = map(torch.cat, zip(*batches))  # [n, k]
-        width = neurons.shape[1] if name == "neurons" else M
-        latents[name], density[name] = active_tokens(acts, indices, width, args.latents, random)
+        acts, indices = map(torch.cat, zip(*parts))  # [n, k]
+        size = neurons.shape[1] if name == "neurons" else M
+        latents[name], density[name] = active_tokens(acts, indices, size, args.latents, random)
         found[name] = intruder_trials(latents[name], hidden, mean, random)
     random = torch.Generator().manual_seed(args.seed)
     found["null"] = intruder_found(torch.randint(n, (args.latents, TRIALS, SHOWN + 1), generator=random), hidden, mean)
     report = {"tokens": n, "run": {key: config[key] for key in IN_REPORT} | {"tokens_asked_for": args.tokens}}
     keys = {"clean": "clean_ce", "mean": "mean_ablated_ce", "zero": "zero_ablated_ce"}
     report |= {key: losses.report(name)["ce"] for name, key in keys.items()}
-    tokens, variance = (1 - pair[0] / pair[1] for pair in (losses.tokens, losses.variance()))
-    report["outliers"] = {"tokens": tokens.item(), "variance": variance.item()}  # the shares that were left out
+    both = {"tokens": losses.tokens, "variance": losses.variance()}  # [2] each: what counts, and with outliers
+    report["outliers"] = {key: 1 - (part / whole).item() for key, (part, whole) in both.items()}  # shares left out
     report["coders"] = {name: losses.report(name) | summary(found[name]) for name in coders}
     for name, row in report["coders"].items():
         row |= {"arch": coders[name].arch, "k": coders[name].k}
@@ -267,11 +261,10 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
     report["baselines"] = {"affine": losses.report("affine")}
     report["baselines"] |= {name: summary(found[name]) | {"k": k} for name in ("neurons", "untrained")}
     report["baselines"]["null"] = summary(found["null"])
-    chosen = {name: torch.tensor([*latents[name]], dtype=torch.int64).to(device) for name in coders}
-    tops = {name: promoted(lm, coder.W_dec[chosen[name]]) for name, coder in coders.items()}
+    tops = {name: promoted(lm, coder.W_dec.cpu()[[*latents[name]]].to(device)) for name, coder in coders.items()}
     tops["neurons"] = torch.empty(len(latents["neurons"]), 0)  # what they write is not looked up
     shown = {name: (latents[name], found[name], density[name], top) for name, top in tops.items()}
-    return report, (torch.cat(seen), torch.cat(places), shown, tokenizer)
+    return report, (torch.cat(seen), torch.cat(kept).nonzero().flatten(), shown, tokenizer)
 
 @torch.no_grad()
 def promoted(lm: nn.Module, W: Tensor) -> Tensor:
@@ -309,8 +302,8 @@ def markdown(cells: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 def compare(report: dict, above: str, below: str) -> list[str]:
-    """A sentence on the scores of two architectures at equal CE increase, where their lines through all k overlap: the
-    mean difference over log CE increase, with a standard error from those of the scores. None without an overlap."""
+    """A sentence on the scores of two architectures at equal CE increase: their mean difference over log CE increase
+    where the lines through all k overlap, with a standard error from those of the scores. No overlap, no sentence."""
     lines, means = [], []
     for arch in (above, below):
         rows = [row for row in report["coders"].values() if row["arch"] == arch and row["intruder"] is not None]
@@ -321,6 +314,7 @@ def compare(report: dict, above: str, below: str) -> list[str]:
         return []
     for line in lines:
         x, score, error = map(np.array, zip(*line))
+        # the mean of a line over the overlap is linear in its scores: that of a unit vector is the weight of one score
         weights = [np.interp(np.linspace(low, high, 101), x, point).mean() for point in np.eye(len(x))]
         means.append((weights @ score, np.linalg.norm(weights * error)))
     difference, error = means[0][0] - means[1][0], math.hypot(means[0][1], means[1][1])
@@ -332,12 +326,11 @@ def remarks(report: dict) -> list[str]:
     """What was evaluated, on what, how to read the table, and what is missing."""
     run, versions = report["run"], ", ".join(map(" ".join, report["run"]["versions"].items()))
     rows, left_out = report["coders"] | report["baselines"], report["outliers"]
-    ks = ", ".join(map(str, sorted({row["k"] for row in report["coders"].values()})))
-    ks += f" (neurons and untrained {report['baselines']['neurons']['k']})" if "," in ks else ""
     too_few = [name for name, row in rows.items() if row.get("latents_scored", 2) < 2]
     lines = [
-        f"{run['hookpoint']} of {run['model']}: M {run['num_latents']:,}, k {ks}, seed {run['seed']}, trained on"
-        f" {run['tokens_trained']:,} tokens of {run['dataset']} with {versions}.",
+        f"{run['hookpoint']} of {run['model']}: M {run['num_latents']:,}, k {run['k']} (neurons and untrained"
+        f" {report['baselines']['neurons']['k']}), seed {run['seed']}, trained on {run['tokens_trained']:,} tokens of"
+        f" {run['dataset']} with {versions}.",
         f"{report['tokens']:,} held-out tokens; cross-entropy clean {report['clean_ce']:.4f}, with the mean of y in the"
         f" MLP's place {report['mean_ablated_ce']:.4f}, with zero {report['zero_ablated_ce']:.4f} nats/token.",
         "Good is a low FVU (predicting the mean gives 1), CE increase and KL (nats/token), and a high CE recovered (0%"
@@ -351,10 +344,10 @@ def remarks(report: dict) -> list[str]:
         lines.append(f"Left out as outliers: {share}. FVU with them: {fvu_all}.")
     if run["tokens_trained"] < run["tokens"]:
         lines.append(f"The run was stopped early: {run['tokens']:,} tokens were asked for.")
-    if report["tokens"] < run["tokens_asked_for"]:
+    if round(report["tokens"] / (1 - left_out["tokens"])) < run["tokens_asked_for"]:
         lines.append(f"There are fewer held-out tokens than --tokens {run['tokens_asked_for']:,} asked for.")
     if too_few:
-        lines.append(f"Raise --tokens: fewer than 2 latents are active on {MIN_ACTIVE} tokens in {', '.join(too_few)}.")
+        lines.append(f"Raise --tokens or --latents: fewer than 2 latents could be scored in {', '.join(too_few)}.")
     return lines
 
 # ---- Flags ----------------------------------------------------------------------------------------------------------
@@ -378,14 +371,11 @@ def main():
     for name, path in (("--json", args.json), ("--html", args.html), ("--svg", args.svg)):
         with blame(f"{name} {path}", "pass the name of a file that can be written"):
             path and path.open("a").close()
-    report, (seen, places, latents, tokenizer) = evaluate(config, coders, args)
+    report, shown = evaluate(config, coders, args)
     print(markdown(table(report)), *remarks(report), sep="\n\n")
-    if args.json:
-        skipcoder.write(f"--json {args.json}", {args.json: json.dumps(report, indent=2) + "\n"})
-    if args.html:
-        skipcoder.write(f"--html {args.html}", {args.html: page(report, seen, places, latents, tokenizer)})
-    if args.svg:
-        skipcoder.write(f"--svg {args.svg}", {args.svg: chart(report, "ce_increase", "intruder") + "\n"})
+    files = {args.json: json.dumps(report, indent=2) + "\n", args.html: args.html and page(report, *shown)}
+    files[args.svg] = chart(report, "ce_increase", "intruder") + "\n"
+    skipcoder.write("--json, --html or --svg", {path: text for path, text in files.items() if path})
 
 # ---- Pictures and the page: from here on nothing is measured --------------------------------------------------------
 LOOKS = [("#d55e00", "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z"), ("#0080c6", "M-4-4h8v8h-8z"), ("#009e73", "M0-5l5 9h-10z")]
@@ -411,31 +401,29 @@ def chart(report: dict, x: str, y: str) -> str:
     """An SVG of two columns of the table: a line per architecture through its k, with error bars of two errors of y."""
     rows = [row | {"error": 2 * row.get(f"{y}_se", 0)} for row in report["coders"].values() if row[y] is not None]
     if not rows:
-        return ""
+        return SVG + '<text x="5" y="14">no latents could be scored</text></svg>'
     x_at, x_marks = axis([row[x] for row in rows], 50, 425)
     y_at, y_marks = axis([row[y] + sign * row["error"] for row in rows for sign in (-1, 1)], 250, 30)
-    def text(px, py, words, anchor="start"):
-        return f'<text x="{px}" y="{py}" text-anchor="{anchor}">{words}</text>'
-
+    text = '<text x="{}" y="{}" text-anchor="{}">{}</text>'.format
     grid = "".join([f"M{x_at(m)} 30V250" for m in x_marks] + [f"M50 {y_at(m)}H425" for m in y_marks])
     out = [SVG, f'<path stroke="currentColor" opacity=".15" d="{grid}"/>']
-    out += [text(5, 14, COLUMNS[y][0]), *(text(44, y_at(m) + 4, f"{m:.6g}", "end") for m in y_marks)]
-    out += [text(425, 282, COLUMNS[x][0], "end"), *(text(x_at(m), 266, f"{m:.6g}", "middle") for m in x_marks)]
+    out += [text(5, 14, "start", COLUMNS[y][0]), *(text(44, y_at(m) + 4, "end", f"{m:.6g}") for m in y_marks)]
+    out += [text(425, 282, "end", COLUMNS[x][0]), *(text(x_at(m), 266, "middle", f"{m:.6g}") for m in x_marks)]
     for i, arch in enumerate(dict.fromkeys(row["arch"] for row in rows)):
         (color, marker), left, line = LOOKS[i % len(LOOKS)], 100 + 95 * i, [row for row in rows if row["arch"] == arch]
         path = "L".join(f"{x_at(row[x])} {y_at(row[y])}" for row in line)
         out.append(f'<g fill="{color}" stroke="{color}"><path fill="none" stroke-width="1.5" d="M{path}"/>')
-        out += [f'<path transform="translate({left} 10)" d="{marker}"/>', text(left + 8, 14, arch)]
+        out += [f'<path transform="translate({left} 10)" d="{marker}"/>', text(left + 8, 14, "start", arch)]
         for row in line:  # what a title says is shown on pointing
             px, py, ends = x_at(row[x]), y_at(row[y]), [y_at(row[y] + sign * row["error"]) for sign in (1, -1)]
             about = ", ".join(f"{COLUMNS[key][0]} {COLUMNS[key][1].format(**row)}" for key in (x, y))
             out.append(f'<g><title>{arch}, k {row["k"]}: {about}</title><path d="M{px} {ends[0]}V{ends[1]}"/>')
-            out += [f'<path transform="translate({px} {py})" d="{marker}"/>', text(px + 7, py - 6, row["k"]), "</g>"]
+            out.append(f'<path transform="translate({px} {py})" d="{marker}"/></g>')
+            out.append(text(px + 7, py - 6, "start", row["k"]))
         out.append("</g>")
     return "".join([*out, "</svg>"])
 
-MOST = 3000  # latents shown, of all coders: the page stays under 4 MB
-BEFORE, AFTER = 14, 6  # tokens shown around the peak
+MOST, BEFORE, AFTER = 3000, 14, 6  # latents shown in all (the page stays under 4 MB), and tokens around each peak
 
 def legible(tokenizer, token: int) -> str:
     """A token as text in which line ends and control characters can be seen."""
@@ -462,13 +450,11 @@ def page(report: dict, seen: Tensor, places: Tensor, latents: dict, tokenizer) -
             numbers = [latent, right.double().mean().item(), density[latent].item(), acts.max().item()]
             coders[name].append([*numbers, contexts, [number(t) for t in most.tolist()]])
     data = {"text": [legible(tokenizer, token) for token in vocabulary], "coders": coders}
-    parts = {"TITLE": html.escape(f"{Path(report['run']['model']).name} {report['run']['hookpoint']}")}
-    rows = ("".join(f"<td>{html.escape(cell)}" for cell in row) for row in table(report))
-    parts["RESULTS"] = "<tr>" + "<tr>".join(rows)
+    parts = {"DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")}  # no document's text is a tag
+    parts |= {"TITLE": html.escape(f"{Path(report['run']['model']).name} {report['run']['hookpoint']}")}
+    parts["RESULTS"] = "".join(f"<tr><td>{'<td>'.join(map(html.escape, row))}" for row in table(report))
     parts["PICTURES"] = chart(report, "ce_increase", "intruder") + chart(report, "l0", "fvu")
     parts["NOTES"] = "".join(f"<p>{html.escape(line)}" for line in remarks(report))
-    data = json.dumps(data, separators=(",", ":"))
-    parts["DATA"] = data.replace("<", "\\u003c")  # no document's text is taken for a tag
     return re.sub("@([A-Z]+)@", lambda match: parts[match[1]], PAGE)
 
 PAGE = """<!doctype html>
@@ -483,41 +469,39 @@ td { text-align: right; padding: .15rem .4rem } td:first-child, tr:first-child {
 td:first-child { text-align: left } td, article { border-bottom: thin solid var(--line) }
 #pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem }
 main { scroll-margin-top: 9rem } td:last-child { font-family: monospace }
-form { position: sticky; top: 0; background: var(--paper); padding: .5rem 0; display: flex; flex-flow: wrap; gap: 1rem }
-select, input { font: inherit; max-width: 100% } article { padding: .6rem 0; min-height: 14rem }
+nav { position: sticky; top: 0; background: var(--paper); padding: .5rem 0; display: flex; flex-flow: wrap; gap: 1rem }
+select, input { font: inherit; max-width: 100% } article { padding: .6rem 0 } article:empty { min-height: 14rem }
 article div { display: grid; grid-template-columns: 3rem 1fr; white-space: pre-wrap; font: 13px/1.7 monospace }
+span > * { background: rgb(var(--hot) / calc(var(--level) / 10)) }
 h1 { font-size: 1.3rem } h2 { font-size: 1rem; margin: 0 } small { font-weight: normal } i { font-style: normal }
 p, small, i { color: var(--faint) } b { box-shadow: inset 0 -2px rgb(var(--hot)) }
 </style>
 <h1>@TITLE@</h1><div id="pictures">@PICTURES@</div><table>@RESULTS@</table>@NOTES@
 <p>Below: the scored latents. A line is a context from one fifth of the latent's active tokens, sorted by activation (1
 the top fifth, 5 the lowest). Shading: activation, relative to the latent's largest; underlined: the token drawn.
-<form><label>coder <select id="coder"></select></label>
+<nav><label>coder <select id="coder"></select></label>
 <label>sort by <select id="sort"><option value="-1">score, high first<option value="1">score, low first
 <option value="-2">density, high first<option value="2">density, low first<option value="0">number</select></label>
-<label>fires on <input id="token" type="search"></label><span id="count"></span></form>
+<label>fires on <input id="token" type="search"></label><span id="count"></span></nav>
 <main id="latents"></main><script id="data" type="application/json">@DATA@</script><script>
 const get = id => document.getElementById(id), {text, coders} = JSON.parse(get("data").textContent);
 const add = (parent, tag, textContent = "", more = {}) =>  // as text, what a document holds is shown and never run
   parent.appendChild(Object.assign(document.createElement(tag), {textContent, ...more}));
 for (const name in coders) add(get("coder"), "option", name);
-function fill(card, [latent, score, density, top, contexts, promoted]) {
-  const title = add(card, "h2"), about = ` score ${score.toFixed(1)} · active on ${(100 * density).toPrecision(2)}%`;
+function fill(card) {
+  const [latent, score, density, top, contexts, promoted] = card.latent;
+  const title = add(card, "h2"), about = ` score ${score.toFixed(1)} · active on ${+(100 * density).toPrecision(2)}%`;
   add(title, "a", `latent ${latent}`, {href: `#${get("coder").value}/${latent}`});
-  add(title, "small", `${about} of tokens · largest activation ${top.toPrecision(3)}`);
+  add(title, "small", `${about} of tokens · largest activation ${+top.toPrecision(3)}`);
   if (promoted.length) add(card, "small", "promotes " + promoted.map(token => `“${text[token]}”`).join(" "));
   for (const [fifth, peak, tokens, levels] of contexts) {
     const line = add(card, "div"), words = (add(line, "i", fifth + 1 + "/5"), add(line, "span"));
-    tokens.forEach((token, i) => {
-      const word = add(words, i == peak ? "b" : "span", text[token]);
-      if (levels[i] > 0) word.style.background = `rgb(var(--hot) / ${levels[i] / 12 + 0.1})`;
-    });
+    tokens.forEach((t, i) => add(words, i == peak ? "b" : "span", text[t], {style: "--level: " + levels[i]}));
   }
 }
-const onSight = new IntersectionObserver(entries => {  // a card is filled when it is scrolled to
-  for (const {isIntersecting, target} of entries)
-    if (isIntersecting && !target.hasChildNodes()) fill(target, target.latent), target.style.minHeight = 0;
-}, {rootMargin: "600px"});
+const onSight = new IntersectionObserver(  // a card is filled when it is scrolled to
+  cards => cards.filter(card => card.isIntersecting && !card.target.firstChild).forEach(card => fill(card.target)),
+  {rootMargin: "600px"});
 function show() {
   const sort = +get("sort").value, key = Math.abs(sort), token = get("token").value;
   const opened = latent => latent[0] == location.hash.split("/")[1];  // the one in the address comes first
@@ -534,7 +518,7 @@ onhashchange = () => {  // open what the address names, as in #transcoder/1234
   show();
   if (name) get("latents").scrollIntoView();
 };
-document.forms[0].oninput = () => (history.replaceState(null, "", "#" + get("coder").value), show());
+document.querySelector("nav").oninput = () => (history.replaceState(null, "", "#" + get("coder").value), show());
 onhashchange();
 </script>
 """

@@ -127,6 +127,7 @@ def documents(dataset: str, subset: str | None) -> datasets.IterableDataset:
             if kind == "text":
                 streams[-1] = streams[-1].map(join, batched=True, batch_size=100, input_columns=["text"])
     streams = streams or [datasets.load_dataset(dataset, subset, **options).select_columns(["text"])]
+    # each file is shuffled and read by itself, also if there is one stream: no document of join() spans two files
     return datasets.concatenate_datasets(streams)
 
 def join(lines: list[str]) -> dict:
@@ -165,10 +166,11 @@ def token_batches(dataset: str, subset: str | None, tokenizer, ctx_len, rows, he
             with blame(f"--dataset {dataset}", DATA):
                 for n, batch in enumerate(loader if epoch else first, 1):
                     yield batch["tokens"]
+            if n == 0:
+                side, size = "held-out" if held_out else "training", f"{rows if endless else 1} x {ctx_len} tokens"
+                sys.exit(f"error: --dataset {dataset}: too little text, its {side} documents have no {size}")
             if not endless:
                 return
-            if n == 0:
-                sys.exit(f"error: --dataset {dataset}: too little text for a batch of {rows} x {ctx_len} tokens")
             if epoch == 0 and RANK == 0:
                 tqdm.write(f"--dataset {dataset} is repeated: it has {n * rows * ctx_len * WORLD:,} tokens")
             stream.set_epoch(epoch + 1)
@@ -182,7 +184,7 @@ def leave_group(_reader: int):
 
 # ---- Activations: x and y of one MLP --------------------------------------------------------------------------------
 def fast_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16, in 1/2 to 1/9 of the time of float32 (a CPU with AMX does, too)."""
+    """Whether the hardware multiplies bfloat16, in 1/2 to 1/9 of the time of float32 (as newer CPUs do, too)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu.get_capabilities().get("avx512_bf16", False)
@@ -204,7 +206,7 @@ def find_mlp(lm: nn.Module, layer: int) -> tuple[str, nn.ModuleList, nn.Module]:
         sys.exit(f"error: --layer {layer}: {type(blocks[layer]).__name__} has no dense .mlp")
     return f"{name}.{layer}.mlp", blocks, mlp
 
-OUTLIER = 10  # tokens whose |y| is over so many times the median are left out
+OUTLIER = 10  # a token whose |y| is over so many times the median does not count (README, "Outliers")
 
 class MLPActivations:
     """Call it with tokens [rows, ctx_len] to get the MLP's input x and output y there, each [rows * (ctx_len - 1), d].
@@ -266,7 +268,7 @@ class Trainer:
         (squared_error / variance).backward()
         active = torch.zeros_like(coder.b_enc).index_add_(0, indices.flatten(), acts.detach().flatten())  # [M]
         if WORLD > 1:
-            for tensor in (active, *(p.grad for p in coder.parameters())):
+            for tensor in (active, *(p.grad for p in coder.parameters())):  # sums: Adam does not mind the factor
                 torch.distributed.all_reduce(tensor)
         dead = self.silent >= self.dead_after  # [M]
         self.silent = torch.where(active > 0, 0, self.silent + len(x) * WORLD)
@@ -418,6 +420,8 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         for value in given if isinstance(given, list) else [given]:
             if value is not None and not 0 < value < math.inf:
                 parser.error(f"--{name.replace('_', '-')} {value}: a number above 0 is needed")
+    if args.seed < 0:
+        parser.error(f"--seed {args.seed}: a number from 0 on is needed")
     args.tokens = math.ceil(args.tokens)
     auto = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     with blame(f"--device {args.device}", "use cpu, cuda or auto"):

@@ -40,6 +40,7 @@ FLAGS = {  # what the line says, for which flag and values
     "each number once": {"k": ["4 8 4"]},
     "lower it": {"expansion": [10**12]},
     "at least 3": {"ctx-len": [2, 33]},
+    "from 0 on": {"seed": [-1]},
     "use cpu": {"device": ["cuda:99", "abacus"]},
 }
 

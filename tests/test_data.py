@@ -72,12 +72,14 @@ def numbers(path, rows=1, n=None, **options) -> list[int]:
     return found[:, 0].tolist()
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("files, readers, world", [(3, 1, 1), (3, 3, 1), (3, 1, 2), (4, 1, 2)])
-def test_the_sides_of_the_split_are_disjoint_and_complete(tmp_path, monkeypatch, capsys, files, readers, world):
+@pytest.mark.parametrize("kind, files, readers, world", [("parquet", 3, 1, 1), ("txt", 3, 3, 1), ("txt", 3, 1, 1),
+                                                         ("parquet", 3, 1, 2), ("txt", 4, 1, 2)])  # fmt: skip
+def test_the_sides_of_the_split_are_disjoint_and_complete(tmp_path, monkeypatch, capsys, kind, files, readers, world):
     """For any number of files, readers and processes, and also when the data is read again, in another order."""
-    texts = [f"{i} is the number" for i in range(120)]
+    lines = [49 if i >= 120 - files else 99 for i in range(120)]  # the last document of a .txt has fewer than 100
+    texts = [f"{i} is the number\n" + "and so on\n" * n for i, n in enumerate(lines)]
     for i in range(files):
-        write(tmp_path / f"{i}.parquet", texts[i::files])
+        write(tmp_path / f"{i}.{kind}", texts[i::files])
     monkeypatch.setattr(skipcoder.os, "cpu_count", lambda: (readers + 1) * world)
     training, held_out = ([i for i, text in enumerate(texts) if in_split(text, side)] for side in (False, True))
     assert 5 < len(held_out) < 20 and sorted(training + held_out) == list(range(120))
