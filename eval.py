@@ -154,9 +154,7 @@ def intruder_trials(active: dict[int, tuple[Tensor, Tensor]], hidden: Tensor, me
     """
     shown = torch.empty(len(active), TRIALS, SHOWN + 1, dtype=torch.int64)
     for trials, (tokens, _) in zip(shown, active.values()):
-        silent = torch.ones(len(hidden), dtype=torch.bool)
-        silent[tokens] = False
-        silent = silent.nonzero().flatten()
+        silent = torch.ones(len(hidden)).index_fill(0, tokens, 0).nonzero().flatten()
         fifths = tokens.tensor_split(FIFTHS)
         for t in range(TRIALS):
             fifth = fifths[t % FIFTHS]
@@ -217,9 +215,8 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
         seen.append(tokens.int())
         tokens = tokens.to(device)
         log_p = patched(tokens, logits=predicts)
-        tapped = patched.x, patched.y, patched.neurons, patched.hidden
-        x, y, neurons, h = (a.flatten(0, 1).float() for a in tapped)  # [N, width] each, N = rows * ctx_len
-        no_sink = torch.arange(len(y), device=device) % ctx_len > 0  # [N]
+        x, y, neurons, h = (a.flatten(0, 1).float() for a in (patched.x, patched.y, patched.neurons, patched.hidden))
+        no_sink = torch.arange(len(y), device=device) % ctx_len > 0  # [N], N = rows * ctx_len; x is [N, d]
         counts = no_sink & (y.norm(dim=1) <= max_norm)
         kept.append(counts.cpu())
         hidden.append(h[counts].bfloat16().cpu())
@@ -249,9 +246,9 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
         found[name] = intruder_trials(latents[name], hidden, mean, random)
     random = torch.Generator().manual_seed(args.seed)
     found["null"] = intruder_found(torch.randint(n, (args.latents, TRIALS, SHOWN + 1), generator=random), hidden, mean)
-    report = {"tokens": n, "run": {key: config[key] for key in IN_REPORT} | {"tokens_asked_for": args.tokens}}
+    run = {key: config[key] for key in IN_REPORT} | {"tokens_asked_for": args.tokens, "baselines_k": k}
     keys = {"clean": "clean_ce", "mean": "mean_ablated_ce", "zero": "zero_ablated_ce"}
-    report |= {key: losses.report(name)["ce"] for name, key in keys.items()}
+    report = {"tokens": n, "run": run} | {key: losses.report(name)["ce"] for name, key in keys.items()}
     both = {"tokens": losses.tokens, "variance": losses.variance()}  # [2] each: what counts, and with outliers
     report["outliers"] = {key: 1 - (part / whole).item() for key, (part, whole) in both.items()}  # shares left out
     report["coders"] = {name: losses.report(name) | summary(found[name]) for name in coders}
@@ -259,8 +256,7 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
         row |= {"arch": coders[name].arch, "k": coders[name].k}
         row |= {"l0": density[name].sum().item(), "dead": (density[name] == 0).double().mean().item()}
     report["baselines"] = {"affine": losses.report("affine")}
-    report["baselines"] |= {name: summary(found[name]) | {"k": k} for name in ("neurons", "untrained")}
-    report["baselines"]["null"] = summary(found["null"])
+    report["baselines"] |= {name: summary(found[name]) for name in ("neurons", "untrained", "null")}
     tops = {name: promoted(lm, coder.W_dec.cpu()[[*latents[name]]].to(device)) for name, coder in coders.items()}
     tops["neurons"] = torch.empty(len(latents["neurons"]), 0)  # what they write is not looked up
     shown = {name: (latents[name], found[name], density[name], top) for name, top in tops.items()}
@@ -328,9 +324,8 @@ def remarks(report: dict) -> list[str]:
     rows, left_out = report["coders"] | report["baselines"], report["outliers"]
     too_few = [name for name, row in rows.items() if row.get("latents_scored", 2) < 2]
     lines = [
-        f"{run['hookpoint']} of {run['model']}: M {run['num_latents']:,}, k {run['k']} (neurons and untrained"
-        f" {report['baselines']['neurons']['k']}), seed {run['seed']}, trained on {run['tokens_trained']:,} tokens of"
-        f" {run['dataset']} with {versions}.",
+        f"{run['hookpoint']} of {run['model']}: M {run['num_latents']:,}, k {run['k']} (baselines {run['baselines_k']})"
+        f", seed {run['seed']}, trained on {run['tokens_trained']:,} tokens of {run['dataset']} with {versions}.",
         f"{report['tokens']:,} held-out tokens; cross-entropy clean {report['clean_ce']:.4f}, with the mean of y in the"
         f" MLP's place {report['mean_ablated_ce']:.4f}, with zero {report['zero_ablated_ce']:.4f} nats/token.",
         "Good is a low FVU (predicting the mean gives 1), CE increase and KL (nats/token), and a high CE recovered (0%"
@@ -472,9 +467,8 @@ main { scroll-margin-top: 9rem } td:last-child { font-family: monospace }
 nav { position: sticky; top: 0; background: var(--paper); padding: .5rem 0; display: flex; flex-flow: wrap; gap: 1rem }
 select, input { font: inherit; max-width: 100% } article { padding: .6rem 0 } article:empty { min-height: 14rem }
 article div { display: grid; grid-template-columns: 3rem 1fr; white-space: pre-wrap; font: 13px/1.7 monospace }
-span > * { background: rgb(var(--hot) / calc(var(--level) / 10)) }
-h1 { font-size: 1.3rem } h2 { font-size: 1rem; margin: 0 } small { font-weight: normal } i { font-style: normal }
-p, small, i { color: var(--faint) } b { box-shadow: inset 0 -2px rgb(var(--hot)) }
+span > * { background: rgb(var(--hot) / calc(var(--level) / 10)) } b { box-shadow: inset 0 -2px rgb(var(--hot)) }
+h1 { font-size: 1.3rem } h2 { font-size: 1rem; margin: 0 } p, small { color: var(--faint); font-weight: normal }
 </style>
 <h1>@TITLE@</h1><div id="pictures">@PICTURES@</div><table>@RESULTS@</table>@NOTES@
 <p>Below: the scored latents. A line is a context from one fifth of the latent's active tokens, sorted by activation (1
@@ -488,19 +482,18 @@ const get = id => document.getElementById(id), {text, coders} = JSON.parse(get("
 const add = (parent, tag, textContent = "", more = {}) =>  // as text, what a document holds is shown and never run
   parent.appendChild(Object.assign(document.createElement(tag), {textContent, ...more}));
 for (const name in coders) add(get("coder"), "option", name);
-function fill(card) {
-  const [latent, score, density, top, contexts, promoted] = card.latent;
+function fill(card, [latent, score, density, top, contexts, promoted]) {
   const title = add(card, "h2"), about = ` score ${score.toFixed(1)} · active on ${+(100 * density).toPrecision(2)}%`;
   add(title, "a", `latent ${latent}`, {href: `#${get("coder").value}/${latent}`});
   add(title, "small", `${about} of tokens · largest activation ${+top.toPrecision(3)}`);
   if (promoted.length) add(card, "small", "promotes " + promoted.map(token => `“${text[token]}”`).join(" "));
   for (const [fifth, peak, tokens, levels] of contexts) {
-    const line = add(card, "div"), words = (add(line, "i", fifth + 1 + "/5"), add(line, "span"));
+    const line = add(card, "div"), words = (add(line, "small", fifth + 1 + "/5"), add(line, "span"));
     tokens.forEach((t, i) => add(words, i == peak ? "b" : "span", text[t], {style: "--level: " + levels[i]}));
   }
 }
 const onSight = new IntersectionObserver(  // a card is filled when it is scrolled to
-  cards => cards.filter(card => card.isIntersecting && !card.target.firstChild).forEach(card => fill(card.target)),
+  cards => cards.filter(c => c.isIntersecting && !c.target.firstChild).forEach(c => fill(c.target, c.target.latent)),
   {rootMargin: "600px"});
 function show() {
   const sort = +get("sort").value, key = Math.abs(sort), token = get("token").value;

@@ -71,12 +71,10 @@ def time_eval(argv: list[str]):
     config, _ = skipcoder.load_run(argv[0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens = torch.randint(1000, (2048 // config["ctx_len"], config["ctx_len"]), device=device)
-
     @torch.no_grad()
     def plain() -> float:
         lm = skipcoder.load_lm(config["model"], device)
         return timed(lambda: lm(tokens, use_cache=False).logits[0, 0, 0].item(), 5)
-
     before, start = plain(), time.perf_counter()
     table, reports = evaluation.table, []  # of the report
     evaluation.table = lambda report: (reports.append(report), table(report))[1]

@@ -41,7 +41,7 @@ def test_report(evaluated, trained):
     assert report["run"]["tokens_trained"] == load_run(trained)[0]["tokens_trained"]
     assert all(set(row) == {*PROXY, *LOSSES, "arch", "k", "l0", "dead"} for row in report["coders"].values())
     keys = {name: set(row) for name, row in report["baselines"].items()}
-    assert keys == {"affine": LOSSES, "neurons": {*PROXY, "k"}, "untrained": {*PROXY, "k"}, "null": PROXY}
+    assert keys == {"affine": LOSSES, "neurons": PROXY, "untrained": PROXY, "null": PROXY}
     null = report["baselines"]["null"]
     assert abs(null["intruder"] - 0.2) < 3 * null["intruder_se"]
     assert null["intruder_se"] == pytest.approx((0.2 * 0.8 / 400) ** 0.5, rel=0.3)  # 40 latents, 10 trials each
