@@ -446,9 +446,9 @@ def page(report: dict, seen: Tensor, places: Tensor, latents: dict, tokenizer) -
             coders[name].append([*numbers, contexts, [number(t) for t in most.tolist()]])
     data = {"text": [legible(tokenizer, token) for token in vocabulary], "coders": coders}
     parts = {"DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")}  # no document's text is a tag
-    parts |= {"TITLE": html.escape(f"{Path(report['run']['model']).name} {report['run']['hookpoint']}")}
+    parts["TITLE"] = html.escape(f"{Path(report['run']['model']).name} {report['run']['hookpoint']}")
     parts["RESULTS"] = "".join(f"<tr><td>{'<td>'.join(map(html.escape, row))}" for row in table(report))
-    parts["PICTURES"] = chart(report, "ce_increase", "intruder") + chart(report, "l0", "fvu")
+    parts["PLOTS"] = "".join(chart(report, x, "intruder") for x in ("ce_increase", "kl")) + chart(report, "l0", "fvu")
     parts["NOTES"] = "".join(f"<p>{html.escape(line)}" for line in remarks(report))
     return re.sub("@([A-Z]+)@", lambda match: parts[match[1]], PAGE)
 
@@ -470,7 +470,7 @@ article div { display: grid; grid-template-columns: 3rem 1fr; white-space: pre-w
 span > * { background: rgb(var(--hot) / calc(var(--level) / 10)) } b { box-shadow: inset 0 -2px rgb(var(--hot)) }
 h1 { font-size: 1.3rem } h2 { font-size: 1rem; margin: 0 } p, small { color: var(--faint); font-weight: normal }
 </style>
-<h1>@TITLE@</h1><div id="pictures">@PICTURES@</div><table>@RESULTS@</table>@NOTES@
+<h1>@TITLE@</h1><div id="pictures">@PLOTS@</div><table>@RESULTS@</table>@NOTES@
 <p>Below: the scored latents. A line is a context from one fifth of the latent's active tokens, sorted by activation (1
 the top fifth, 5 the lowest). Shading: activation, relative to the latent's largest; underlined: the token drawn.
 <nav><label>coder <select id="coder"></select></label>
