@@ -94,8 +94,9 @@ def test_numbers_equal_a_dense_float64_computation(trained, tiny, device, monkey
     norm = y.norm(dim=1).sort().values[len(y) * 19 // 20 :][:2]
     config["max_norm"] = limit = norm.mean().item()  # half way from one to the next
     counts = y.norm(dim=1) < limit  # [N]
-    report, *_ = evaluation.evaluate(config, coders, args)
+    report, (seen, places, *_) = evaluation.evaluate(config, coders, args)
     n = counts.sum().item()
+    assert torch.equal(seen.flatten()[places].long(), held_out[:, 1:].flatten()[counts.cpu()])
     assert report["tokens"] == n < 0.96 * len(y) and len(held_out) == 224
     assert torch.equal(torch.cat(training), kept[: sum(map(len, training))]) and sum(map(len, training)) >= 103
     pairs = []
@@ -130,8 +131,8 @@ def test_numbers_equal_a_dense_float64_computation(trained, tiny, device, monkey
     def variance(y):
         return (y - y.mean(0)).square().sum().item()
 
-    assert report["outliers"]["tokens"] == pytest.approx(1 - n / len(y))
-    assert report["outliers"]["variance"] == pytest.approx(1 - variance(y[counts]) / variance(y), rel=1e-4)
+    shares = {"tokens": 1 - n / len(y), "variance": 1 - variance(y[counts]) / variance(y)}
+    assert report["outliers"] == pytest.approx(shares, rel=1e-4)
     for name, row in {**report["coders"], "affine": report["baselines"]["affine"]}.items():
         errors = (y - y_hats[name]).square().sum(1)
         assert row["fvu_all"] == pytest.approx(errors.sum().item() / variance(y), rel=1e-3)
