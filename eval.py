@@ -226,7 +226,6 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
         coded["neurons"] = None, *neurons.topk(min(k, neurons.shape[1]), sorted=False)
         for name, (_, acts, indices) in coded.items():
             used[name].append((acts[counts].float().cpu(), indices[counts].int().cpu()))
-
         y_hats = {name: coded[name][0] for name in coders}
         y_hats |= {"affine": x @ A + b, "mean": y_mean.expand_as(y), "zero": torch.zeros_like(y)}
         losses.add_errors(torch.stack([counts, no_sink]), y, y_hats)
@@ -373,6 +372,7 @@ def main():
     skipcoder.write("--json, --html or --svg", {path: text for path, text in files.items() if path})
 
 # ---- Pictures and the page: from here on nothing is measured --------------------------------------------------------
+# of the architectures: a colour that the colour-blind can tell from the others, and a marker
 LOOKS = [("#d55e00", "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z"), ("#0080c6", "M-4-4h8v8h-8z"), ("#009e73", "M0-5l5 9h-10z")]
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 440 285" fill="currentColor">
 <style>svg { color: #1b1b1f; background: #fdfdfc } text { font: 12px system-ui, sans-serif; stroke: none }

@@ -74,7 +74,7 @@ def pretended(monkeypatch):
     """Until the end of the test the device "meta" is the pretended one."""
     adam = torch.optim.Adam  # fused is known for real devices alone
     monkeypatch.setattr(torch.optim, "Adam", lambda groups, fused, **options: adam(groups, foreach=False, **options))
-    monkeypatch.setattr(torch, "autocast", lambda *_, enabled: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "autocast", lambda *_, enabled: {False: contextlib.nullcontext()}[enabled])  # never on
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # a wrapper cannot be swapped into a parameter
     with PretendedDevice() as device:
