@@ -440,7 +440,7 @@ def main():
     flag("--subset", help="configuration of a hub data set (default: sample-10BT of the default data set)")
     flag("--arch", nargs="+", choices=ARCHS, default=list(ARCHS), help="coders to train (default: all three)")
     flag("--expansion", type=int, default=32, help="latents M as a multiple of the width d (default %(default)s)")
-    flag("--k", type=int, nargs="+", default=[32], help="latents active per token, a coder for each number (default 32)")
+    flag("--k", type=int, nargs="+", default=[32], help="latents active per token, a coder for each one (default 32)")
     flag("--tokens", type=float, default=5e7, help="tokens to train on (default %(default)s)")
     flag("--ctx-len", type=int, help="tokens in a row (default 256, or the model's limit if that is lower)")
     flag("--batch-size", type=int, help="rows in a step (default: grows with --tokens, see README, Recipe)")
