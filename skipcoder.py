@@ -103,10 +103,10 @@ class TopKEncoder(torch.autograd.Function):
         return F.embedding_bag(indices, W_enc, per_sample_weights=grad, mode="sum"), grad_W, grad_b, None
 
 def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """pre.topk(k) for pre [N, M], unsorted, in 0.6 of its time: the k largest are among the k best groups of 16."""
-    groups = pre.unflatten(1, (math.gcd(pre.shape[1], 16), -1))  # [N, 16, n], a row's entries j, j + n, ... are group j
+    """pre.topk(k) for pre [N, M], unsorted, in 0.6 of its time: the k largest are among the k best groups of 8."""
+    groups = pre.unflatten(1, (math.gcd(pre.shape[1], 8), -1))  # [N, 8, n], a row's entries j, j + n, ... are group j
     best = groups.amax(1).topk(min(k, groups.shape[2]), sorted=False).indices  # [N, k], or all n groups if n < k
-    candidates = groups.gather(2, best[:, None].expand(-1, groups.shape[1], -1)).flatten(1)  # [N, 16 * k]
+    candidates = groups.gather(2, best[:, None].expand(-1, groups.shape[1], -1)).flatten(1)  # [N, 8 * k]
     values, which = candidates.topk(k, sorted=False)  # [N, k]
     member, slot = which // best.shape[1], which % best.shape[1]
     return values, member * groups.shape[2] + best.gather(1, slot)
@@ -139,7 +139,7 @@ def in_split(text: str | None, held_out: bool) -> bool:
     return text is not None and (zlib.crc32(text.encode()) % 10 == 0) == held_out
 
 def pack(texts: list[str], tokenizer, ctx_len: int) -> dict:
-    """Join documents with EOS and cut them into full rows: no padding, and what is left of 100 documents is dropped."""
+    """Join documents with EOS and cut them into full rows: no padding, and what is left of 50 documents is dropped."""
     ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens = torch.tensor([token for document in ids for token in document + eos], dtype=torch.int64)
@@ -150,7 +150,7 @@ def token_batches(dataset: str, subset: str | None, tokenizer, ctx_len, rows, he
     seed they come shuffled, for ever (in another order each time), all full, and each rank has its own."""
     with blame(f"--dataset {dataset}", DATA):
         stream = documents(dataset, subset).filter(in_split, input_columns=["text"], fn_kwargs={"held_out": held_out})
-        packing = {"batched": True, "batch_size": 100, "fn_kwargs": {"tokenizer": tokenizer, "ctx_len": ctx_len}}
+        packing = {"batched": True, "batch_size": 50, "fn_kwargs": {"tokenizer": tokenizer, "ctx_len": ctx_len}}
         stream = stream.map(pack, input_columns=["text"], remove_columns=["text"], **packing)
     if endless := (seed is not None):
         stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
