@@ -409,12 +409,12 @@ def chart(report: dict, x: str, y: str) -> str:
         path = "L".join(f"{x_at(row[x])} {y_at(row[y])}" for row in line)
         out.append(f'<g fill="{color}" stroke="{color}"><path fill="none" stroke-width="1.5" d="M{path}"/>')
         out += [f'<path transform="translate({left} 10)" d="{marker}"/>', text(left + 8, 14, "start", arch)]
-        for row in line:  # what a title says is shown on pointing
+        for row in line:  # what a title says is shown on pointing; k stands where it meets the next line's least
             px, py, ends = x_at(row[x]), y_at(row[y]), [y_at(row[y] + sign * row["error"]) for sign in (1, -1)]
             about = ", ".join(f"{COLUMNS[key][0]} {COLUMNS[key][1].format(**row)}" for key in (x, y))
             out.append(f'<g><title>{arch}, k {row["k"]}: {about}</title><path d="M{px} {ends[0]}V{ends[1]}"/>')
             out.append(f'<path transform="translate({px} {py})" d="{marker}"/></g>')
-            out.append(text(px + 7, py - 6, "start", row["k"]))
+            out += [text(px + (-7 if i == 2 else 7), py + (14 if i == 1 else -6), ["start", "end"][i == 2], row["k"])]
         out.append("</g>")
     return "".join([*out, "</svg>"])
 
