@@ -372,8 +372,9 @@ def main():
     skipcoder.write("--json, --html or --svg", {path: text for path, text in files.items() if path})
 
 # ---- Pictures and the page: from here on nothing is measured --------------------------------------------------------
-# of the architectures: a colour that the colour-blind can tell from the others, and a marker
-LOOKS = [("#d55e00", "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z"), ("#0080c6", "M-4-4h8v8h-8z"), ("#009e73", "M0-5l5 9h-10z")]
+# of the architectures: a colour that the colour-blind can tell from the others, a marker, and where beside it k stands
+LOOKS = [("#d55e00", "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z", 7, -6, "start"),
+         ("#0080c6", "M-4-4h8v8h-8z", 7, 14, "start"), ("#009e73", "M0-5l5 9h-10z", -7, -6, "end")]
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 440 285" fill="currentColor">
 <style>svg { color: #1b1b1f; background: #fdfdfc } text { font: 12px system-ui, sans-serif; stroke: none }
 @media (prefers-color-scheme: dark) { svg { color: #e6e6ea; background: #16161a } }</style>"""
@@ -405,16 +406,16 @@ def chart(report: dict, x: str, y: str) -> str:
     out += [text(5, 14, "start", COLUMNS[y][0]), *(text(44, y_at(m) + 4, "end", f"{m:.6g}") for m in y_marks)]
     out += [text(425, 282, "end", COLUMNS[x][0]), *(text(x_at(m), 266, "middle", f"{m:.6g}") for m in x_marks)]
     for i, arch in enumerate(dict.fromkeys(row["arch"] for row in rows)):
-        (color, marker), left, line = LOOKS[i % len(LOOKS)], 100 + 95 * i, [row for row in rows if row["arch"] == arch]
-        path = "L".join(f"{x_at(row[x])} {y_at(row[y])}" for row in line)
+        (color, marker, dx, dy, anchor), line = LOOKS[i % len(LOOKS)], [row for row in rows if row["arch"] == arch]
+        left, path = 100 + 95 * i, "L".join(f"{x_at(row[x])} {y_at(row[y])}" for row in line)
         out.append(f'<g fill="{color}" stroke="{color}"><path fill="none" stroke-width="1.5" d="M{path}"/>')
         out += [f'<path transform="translate({left} 10)" d="{marker}"/>', text(left + 8, 14, "start", arch)]
-        for row in line:  # what a title says is shown on pointing; k stands where it meets the next line's least
+        for row in line:  # what a title says is shown on pointing
             px, py, ends = x_at(row[x]), y_at(row[y]), [y_at(row[y] + sign * row["error"]) for sign in (1, -1)]
             about = ", ".join(f"{COLUMNS[key][0]} {COLUMNS[key][1].format(**row)}" for key in (x, y))
             out.append(f'<g><title>{arch}, k {row["k"]}: {about}</title><path d="M{px} {ends[0]}V{ends[1]}"/>')
             out.append(f'<path transform="translate({px} {py})" d="{marker}"/></g>')
-            out += [text(px + (-7 if i == 2 else 7), py + (14 if i == 1 else -6), ["start", "end"][i == 2], row["k"])]
+            out.append(text(px + dx, py + dy, anchor, row["k"]))
         out.append("</g>")
     return "".join([*out, "</svg>"])
 
@@ -469,8 +470,7 @@ select, input { font: inherit; max-width: 100% } article { padding: .6rem 0 } ar
 article div { display: grid; grid-template-columns: 3rem 1fr; white-space: pre-wrap; font: 13px/1.7 monospace }
 span > * { background: rgb(var(--hot) / calc(var(--level) / 10)) } b { box-shadow: inset 0 -2px rgb(var(--hot)) }
 h1 { font-size: 1.3rem } h2 { font-size: 1rem; margin: 0 } p, small { color: var(--faint); font-weight: normal }
-</style>
-<h1>@TITLE@</h1><div id="pictures">@PLOTS@</div><table>@RESULTS@</table>@NOTES@
+</style><h1>@TITLE@</h1><div id="pictures">@PLOTS@</div><table>@RESULTS@</table>@NOTES@
 <p>Below: the scored latents. A line is a context from one fifth of the latent's active tokens, sorted by activation (1
 the top fifth, 5 the lowest). Shading: activation, relative to the latent's largest; underlined: the token drawn.
 <nav><label>coder <select id="coder"></select></label>
