@@ -103,7 +103,7 @@ class TopKEncoder(torch.autograd.Function):
         return F.embedding_bag(indices, W_enc, per_sample_weights=grad, mode="sum"), grad_W, grad_b, None
 
 def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """pre.topk(k) for pre [N, M], unsorted, in 0.5 to 0.8 of its time: the k largest are among the k best groups of 8."""
+    """pre.topk(k) for pre [N, M], unsorted, in .5 to .8 of its time: the k largest are among the k best groups of 8."""
     groups = pre.unflatten(1, (math.gcd(pre.shape[1], 8), -1))  # [N, 8, n], a row's entries j, j + n, ... are group j
     best = groups.amax(1).topk(min(k, groups.shape[2]), sorted=False).indices  # [N, k], or all n groups if n < k
     candidates = groups.gather(2, best[:, None].expand(-1, groups.shape[1], -1)).flatten(1)  # [N, 8 * k]
