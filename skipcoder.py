@@ -1,30 +1,33 @@
 # SPDX-License-Identifier: MIT
-"""Train a sparse autoencoder, a transcoder and a skip transcoder side by side on one MLP of a language model.
+"""Train a sparse autoencoder, a transcoder and a skip transcoder side by side on one MLP.
 
     python skipcoder.py --layer 6
 
-A sparse coder rewrites what an MLP does to a token as a sum of a few of many learned directions, its latents, in the
-hope that each stands for one thing. With x the input of the MLP (after the layer norm), y its output, both d wide, and
-M latents of which TopK keeps the k largest (and of those the positive ones):
+A sparse coder explains what an MLP of a language model (LM) does to a token as a sum of a few
+learned directions out of many. The directions are called latents, and the hope is that each of
+them stands for one thing. Let x be the MLP's input (after the layer norm) and y its output:
 
-    sae              z = TopK(W_enc (y - b_dec) + b_enc)      y_hat = W_dec z + b_dec
-    transcoder       z = TopK(W_enc x + b_enc)                y_hat = W_dec z + b_dec
-    skip_transcoder  z = TopK(W_enc x + b_enc)                y_hat = W_dec z + W_skip x + b_dec
+    sae              z = TopK(W_enc (y - b_dec) + b_enc)    y_hat = W_dec z + b_dec
+    transcoder       z = TopK(W_enc x + b_enc)              y_hat = W_dec z + b_dec
+    skip_transcoder  z = TopK(W_enc x + b_enc)              y_hat = W_dec z + W_skip x + b_dec
 
-The first says what the MLP's output is made of; the others imitate what the MLP computes. All predict y and minimise
-the fraction of its variance that is left unexplained, FVU = sum |y - y_hat|^2 / sum |y - mean(y)|^2.
-Paper: "Transcoders Beat Sparse Autoencoders for Interpretability", Paulo, Shabalin & Belrose, arXiv 2501.18823.
+x and y have d entries, z has one for each of M latents. TopK keeps the k largest entries, sets
+the negative ones among them to 0 (a ReLU), and sets all other entries to 0. The autoencoder shows
+what the MLP's output is made of. The transcoders imitate what the MLP computes. All three predict
+y, and training minimises the fraction of y's variance that they leave unexplained:
 
-Two things are not the paper's, and were measured (README, "Recipe"). With s_x and s_y the root mean squares of the
-centred entries of x and y, and s_z that of what the encoder reads, hence of the pre-activations:
-    units           Adam moves a number by about its learning rate, whatever the gradient, so each parameter has lr in
-                    its own units: W_enc lr, b_enc lr s_z, W_dec lr s_y / s_z, b_dec lr s_y, W_skip lr s_y / s_x.
-                    And all start centred, which also keeps latents alive (arXiv 2605.31518).
-    raised biases   b_enc of a latent that was silent for 2% of the run's tokens gains .03 s_z a step (times the factor
-                    of lr) until it fires, which costs no time (kin: bias adaptation, arXiv 2506.14002).
+    FVU = sum |y - y_hat|^2 / sum |y - mean(y)|^2
+
+Paper: "Transcoders Beat Sparse Autoencoders for Interpretability", Paulo, Shabalin & Belrose,
+arXiv 2501.18823 (section 2). Two things differ from it, both in `Trainer` and measured in the
+README: learning rates in each parameter's own units, and raised biases of dead latents.
+
+`Coder` and `Trainer` are the method. Then come the activations, the text and the loop that feed
+them. "The same, faster" can be skipped: it replaces two lines of `Coder` and gives equal numbers.
 """
 
 import argparse
+import gzip
 import json
 import logging
 import math
@@ -33,443 +36,827 @@ import signal
 import sys
 import time
 import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets.distributed
 import torch
 import torch.nn.functional as F
 import transformers
+from pyarrow.parquet import ParquetFile
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# ---- Coders ---------------------------------------------------------------------------------------------------------
-ARCHS = ("sae", "transcoder", "skip_transcoder")
+# ---- Coder: the three architectures ---------------------------------------------------------
+
+
+class Arch(NamedTuple):
+    """What tells an architecture from the others."""
+
+    reads: str  # what the encoder reads: "x", the MLP's input, or "y", its output
+    unit_rows: bool  # W_dec starts as W_enc, and its rows keep the length 1
+    skip: bool  # W_skip x is added to the prediction
+    color: str  # in the pictures of eval.py
+    marker: str  # there, too: "circle", "square", "triangle" or "diamond"
+
+
+ARCHS = {  # a fourth architecture is one more line
+    "sae": Arch(reads="y", unit_rows=True, skip=False, color="#d55e00", marker="circle"),
+    "transcoder": Arch(reads="x", unit_rows=False, skip=False, color="#0080c6", marker="square"),
+    "skip_transcoder": Arch(
+        reads="x", unit_rows=False, skip=True, color="#009e73", marker="triangle"
+    ),
+}
+
 
 class Coder(nn.Module):
-    """One sparse coder. Row j of W_enc [M, d] is what latent j reads, row j of W_dec [M, d] what it writes."""
+    """One sparse coder, with M latents for activations of width d.
+
+    Row j of W_enc [M, d] is the direction that latent j reads, and row j of W_dec [M, d] the one
+    that it writes. Activations are rows, too: [N, d] for N tokens.
+    """
+
+    activation = "topk"  # saved in cfg.json; name it anew when you change `encode`
+
     def __init__(self, arch: str, d: int, num_latents: int, k: int, seed: int = 0):
         super().__init__()
         self.arch, self.k = arch, k
-        W = F.normalize(torch.randn(num_latents, d, generator=torch.Generator().manual_seed(seed)))
-        self.W_enc = nn.Parameter(W)  # random unit rows, for one seed the same in every architecture
-        self.b_enc = nn.Parameter(torch.zeros(num_latents))  # Trainer centres it, and b_dec, on the first batch
-        # an autoencoder starts with W_dec = W_enc, since its latents should write what they read. What a transcoder's
-        # should write is not known: it starts with nothing, and W_enc gets its gradient once W_dec has moved
-        self.W_dec = nn.Parameter(W.clone() if arch == "sae" else torch.zeros_like(W))
+        generator = torch.Generator().manual_seed(seed)
+        W = F.normalize(torch.randn(num_latents, d, generator=generator))  # rows of length 1
+        self.W_enc = nn.Parameter(W)
+        self.b_enc = nn.Parameter(torch.zeros(num_latents))
+        # A latent of the autoencoder should write what it reads, so W_dec starts as W_enc. What a
+        # latent of a transcoder should write is not known in advance, so W_dec starts as zero.
+        self.W_dec = nn.Parameter(W.clone() if ARCHS[arch].unit_rows else torch.zeros_like(W))
         self.b_dec = nn.Parameter(torch.zeros(d))
-        self.W_skip = nn.Parameter(torch.zeros(d, d)) if arch == "skip_transcoder" else None
+        self.W_skip = nn.Parameter(torch.zeros(d, d)) if ARCHS[arch].skip else None
 
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return y_hat [N, d], predicted from x or y [N, d]; and of the latents used the acts and indices, [N, k]."""
-        read = y - self.b_dec if self.arch == "sae" else x  # never x - b_dec: b_dec starts as the mean of y
-        pre, indices = TopKEncoder.apply(read, self.W_enc, self.b_enc, self.k)  # [N, d], [M, d] -> [N, k] each
-        acts = pre.relu()
-        y_hat = F.embedding_bag(indices, self.W_dec, per_sample_weights=acts, mode="sum") + self.b_dec  # -> [N, d]
+    @torch.no_grad()
+    def start(self, x: Tensor, y: Tensor):
+        """Centre the coder on a first batch x, y [N, d]: the mean pre-activation becomes zero.
+
+        A transcoder then predicts mean(y) for every token, so its FVU starts at 1.
+        """
+        self.b_dec.copy_(y.mean(0))
+        if ARCHS[self.arch].reads == "x":
+            self.b_enc.copy_(-self.W_enc @ x.mean(0))  # [M, d] @ [d] -> [M]
+
+    def encode(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """For x, y [N, d] return the acts of the k latents of each token, and their indices.
+
+        Both are [N, k]. An act is the value of a latent: positive, or 0 where the ReLU cuts it.
+        """
+        read = x if ARCHS[self.arch].reads == "x" else y - self.b_dec  # [N, d]
+        # What follows equals F.linear(read, self.W_enc, self.b_enc).topk(self.k), but is faster.
+        pre, indices = TopKEncoder.apply(read, self.W_enc, self.b_enc, self.k)  # [N, k] each
+        return pre.relu(), indices
+
+    def decode(self, acts: Tensor, indices: Tensor, x: Tensor) -> Tensor:
+        """Return y_hat [N, d]: for each token the rows of W_dec at its indices, times the acts."""
+        y_hat = F.embedding_bag(indices, self.W_dec, per_sample_weights=acts, mode="sum")
+        y_hat = y_hat + self.b_dec
         if self.W_skip is not None:
             y_hat = y_hat + F.linear(x, self.W_skip)  # [N, d] @ [d, d] -> [N, d]
-        return y_hat, acts, indices
+        return y_hat
 
-class TopKEncoder(torch.autograd.Function):
-    """The k largest pre-activations of each token, and which latents they are, [N, k] each. It is these two lines:
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return y_hat [N, d] and, of the latents in use, acts and indices, [N, k] each."""
+        acts, indices = self.encode(x, y)
+        return self.decode(acts, indices, x), acts, indices
 
-        pre = F.linear(read, W_enc, b_enc)  # [N, d] @ [d, M] -> [N, M]
-        return pre.topk(k)
 
-    but its gradients cost k / M of theirs: autograd would multiply [N, M] matrices that are nearly all zero.
+# ---- Trainer: one step ----------------------------------------------------------------------
+
+BETAS = (0.9, 0.98)  # Adam's; the usual 0.999 remembers a thousand steps, half of a short run
+DEAD = 0.02  # a latent is dead if it was silent for this share of the tokens to train on
+WAKE = 0.03  # how much a dead latent's bias rises in a step, relative to the pre-activations
+
+# Under torchrun each process trains on its own part of the text; otherwise there is one process.
+RANK = int(os.environ.get("RANK", "0"))
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Trainer:
+    """A coder with its optimizer, and for each latent how long it has been silent."""
+
+    def __init__(self, coder: Coder, x: Tensor, y: Tensor, lr: float, dead_after: float):
+        """Start the coder on a first batch x, y [N, d]; `dead_after` is in tokens."""
+        self.coder, self.lr, self.dead_after = coder, lr, dead_after
+        coder.start(x, y)
+
+        # Adam moves every number by about lr a step, whatever the size of its gradient. So lr is
+        # multiplied by the natural size of each parameter. s_x and s_y are the standard deviations
+        # of an entry of x and of y. As rows of W_enc have length 1, s_z, that of a pre-activation,
+        # is the one of what the encoder reads. W_dec maps z to y, so its size is s_y / s_z.
+        s_x, s_y = (a.var(0, correction=0).mean().sqrt().item() for a in (x, y))
+        self.s_z = s_z = s_x if ARCHS[coder.arch].reads == "x" else s_y
+        size = {"W_enc": 1, "b_enc": s_z, "W_dec": s_y / s_z, "b_dec": s_y, "W_skip": s_y / s_x}
+        groups = [{"params": [p], "size": size[name]} for name, p in coder.named_parameters()]
+        self.optimizer = torch.optim.Adam(groups, lr=lr, betas=BETAS, fused=True)
+
+        self.silent = torch.zeros(
+            len(coder.W_enc), dtype=torch.int64, device=x.device
+        )  # [M] tokens
+        self.sums = torch.zeros(2, device=x.device)  # squared error and variance since the last log
+
+    def step(self, x: Tensor, y: Tensor, lr_factor: float):
+        """Make one Adam step on a batch x, y [N, d], with the learning rate lr * lr_factor."""
+        coder = self.coder
+
+        # 1. Predict y. Only the large matmuls run in bfloat16, and only where that is fast.
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=fast_bfloat16(x.device)):
+            y_hat, acts, indices = coder(x, y)
+
+        # 2. The loss is the FVU of this batch.
+        squared_error = (y - y_hat).square().sum()
+        variance = (y - y.mean(0)).square().sum()
+        loss = squared_error / variance
+        self.optimizer.zero_grad()
+        loss.backward()
+
+        # 3. Add up what the processes found. Adam ignores that gradients are sums, not means.
+        sums = torch.stack([squared_error.detach(), variance])
+        act_sums = torch.zeros_like(coder.b_enc)  # [M], of each latent over the batch
+        act_sums.index_add_(0, indices.flatten(), acts.detach().flatten())
+        if WORLD > 1:
+            for tensor in (sums, act_sums, *(p.grad for p in coder.parameters())):
+                torch.distributed.all_reduce(tensor)
+        self.sums += sums
+
+        # 4. Adam. Rows of the autoencoder's W_dec stay on the unit sphere: their gradient is made
+        #    tangent to it before the step, and their length is set to 1 after it.
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * lr_factor * group["size"]
+        if ARCHS[coder.arch].unit_rows:
+            radial = torch.linalg.vecdot(coder.W_dec.grad, coder.W_dec.detach())  # [M]
+            coder.W_dec.grad -= radial[:, None] * coder.W_dec.detach()
+        self.optimizer.step()
+        if ARCHS[coder.arch].unit_rows:
+            coder.W_dec.data /= coder.W_dec.data.norm(dim=1, keepdim=True)
+
+        # 5. Raise the biases of dead latents, step by step, until they are active again. Without
+        #    this up to a third of the latents die. (Related: bias adaptation, arXiv 2506.14002.)
+        coder.b_enc.data += WAKE * self.s_z * lr_factor * self.dead()
+        self.silent = torch.where(act_sums > 0, 0, self.silent + len(x) * WORLD)
+
+    def dead(self):
+        """Return which latents are dead: bool [M]."""
+        return self.silent >= self.dead_after
+
+    def pop_fvu(self):
+        """Return the FVU of all tokens since the last call."""
+        squared_error, variance = self.sums.tolist()
+        self.sums.zero_()
+        return squared_error / variance
+
+
+# ---- Errors: one line about what a user can get wrong ---------------------------------------
+
+MODEL_HINT = "pass a name on the hub, or a local folder, as tests/tiny_gpt2.py makes one"
+DATA_HINT = "pass a name on the hub, or a file or folder of .parquet, .jsonl, .json or .txt"
+LIBRARY_ERRORS = (OSError, ValueError, KeyError, EOFError, ImportError, zlib.error, SafetensorError)
+
+
+class DataError(Exception):
+    """Text cannot be read. It has its own class to be known when it comes from a reader process."""
+
+
+@contextmanager
+def one_line(flag: str, hint: str, errors=LIBRARY_ERRORS):
+    """Turn what a library raises for bad input into one line on stderr, and end the program.
+
+    Use it around calls of libraries only: an error in our own code has to stay a traceback.
     """
+    try:
+        yield
+    except errors as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        # An error from a reader process comes with its traceback, whose last line says what it is.
+        line = lines[-1].split("DataError: ")[-1] if errors is DataError else lines[0]
+        sys.exit(f"error: {flag}: {line.rstrip('.')} ({hint})")
 
-    @staticmethod
-    def forward(ctx, read, W_enc, b_enc, k):
-        pre, indices = topk(F.linear(read, W_enc, b_enc), k)
-        ctx.save_for_backward(read, W_enc, indices)
-        ctx.mark_non_differentiable(indices)
-        return pre.to(W_enc.dtype), indices  # of all that a coder computes only the dense matmuls may be in bfloat16
 
-    @staticmethod
-    def backward(ctx, grad, _):  # [N, k]
-        read, W_enc, indices = ctx.saved_tensors
-        # row j of the gradient is the weighted sum of the tokens that use latent j: an embedding bag over the (token,
-        # latent) pairs sorted by latent, of which latent j owns those from start[j] to start[j + 1]
-        latent, order = indices.flatten().sort()
-        start = torch.searchsorted(latent, torch.arange(len(W_enc), device=latent.device))  # [M]
-        token, weight = order // indices.shape[1], grad.flatten()[order]  # [N * k] each
-        grad_W = F.embedding_bag(token, read, start, per_sample_weights=weight, mode="sum")  # [N, d] -> [M, d]
-        grad_b = grad.new_zeros(len(W_enc)).index_add_(0, latent, weight)  # [M]
-        if not ctx.needs_input_grad[0]:  # x; the autoencoder reads y - b_dec
-            return None, grad_W, grad_b, None
-        return F.embedding_bag(indices, W_enc, per_sample_weights=grad, mode="sum"), grad_W, grad_b, None
+# ---- Activations: x and y of one MLP --------------------------------------------------------
 
-def topk(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """pre.topk(k) for pre [N, M], unsorted, in .5 to .8 of its time: the k largest are among the k best groups of 8."""
-    groups = pre.unflatten(1, (math.gcd(pre.shape[1], 8), -1))  # [N, 8, n], a row's entries j, j + n, ... are group j
-    best = groups.amax(1).topk(min(k, groups.shape[2]), sorted=False).indices  # [N, k], or all n groups if n < k
-    candidates = groups.gather(2, best[:, None].expand(-1, groups.shape[1], -1)).flatten(1)  # [N, 8 * k]
-    values, which = candidates.topk(k, sorted=False)  # [N, k]
-    member, slot = which // best.shape[1], which % best.shape[1]
-    return values, member * groups.shape[2] + best.gather(1, slot)
+OUTLIER = 10  # a token does not count if |y| is over so many times the median (README, "Outliers")
 
-# ---- Tokens: documents, split by a checksum, packed into rows, shuffled, in batches ---------------------------------
-SUFFIXES = {"text": (".txt",), "json": (".jsonl", ".json"), "parquet": (".parquet",)}  # of files, by how they are read
-DATA = "pass a name on the hub, or a file or folder: .txt (UTF-8), .jsonl, .json or .parquet, with a column text"
-SHUFFLE_ROWS = 2048  # pool that rows are drawn from: neighbours are alike, and mixing them lowers FVU by 15%
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of this process, under torchrun
 
-def documents(dataset: str, subset: str | None) -> datasets.IterableDataset:
-    """Stream {"text"} from a data set on the Hugging Face hub, or from a local file or a folder of files."""
-    path, streams, options = Path(dataset), [], {"split": "train", "streaming": True}
-    files = [str(file) for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    for kind, ends in SUFFIXES.items():
-        if some := [file for file in files if file.removesuffix(".gz").endswith(ends)]:
-            streams.append(datasets.load_dataset(kind, data_files=some, **options).select_columns(["text"]))
-            if kind == "text":
-                streams[-1] = streams[-1].map(join, batched=True, batch_size=100, input_columns=["text"])
-    streams = streams or [datasets.load_dataset(dataset, subset, **options).select_columns(["text"])]
-    # each file is shuffled and read by itself, also if there is one stream: no document of join() spans two files
-    return datasets.concatenate_datasets(streams)
-
-def join(lines: list[str]) -> dict:
-    """Each 100 lines of a .txt file, which may be a whole library, are a document."""
-    return {"text": ["\n".join([*lines, ""])]}
-
-def in_split(text: str | None, held_out: bool) -> bool:
-    """Held out for eval.py are texts whose checksum is divisible by 10: the same ones in any order, for any reader."""
-    return text is not None and (zlib.crc32(text.encode()) % 10 == 0) == held_out
-
-def pack(texts: list[str], tokenizer, ctx_len: int) -> dict:
-    """Join documents, 50 at a time (with 100 a run starts late), by EOS, and cut them into full rows; drop the rest."""
-    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    tokens = torch.tensor([token for document in ids for token in document + eos], dtype=torch.int64)
-    return {"tokens": tokens[: len(tokens) // ctx_len * ctx_len].view(-1, ctx_len).numpy()}  # [rows, ctx_len]
-
-def token_batches(dataset: str, subset: str | None, tokenizer, ctx_len, rows, held_out=False, seed=None):
-    """Start processes that read and tokenise ahead; return an iterator over batches of tokens [rows, ctx_len]. With a
-    seed they come shuffled, for ever (in another order each time), all full, and each rank has its own."""
-    with blame(f"--dataset {dataset}", DATA):
-        stream = documents(dataset, subset).filter(in_split, input_columns=["text"], fn_kwargs={"held_out": held_out})
-        packing = {"batched": True, "batch_size": 50, "fn_kwargs": {"tokenizer": tokenizer, "ctx_len": ctx_len}}
-        stream = stream.map(pack, input_columns=["text"], remove_columns=["text"], **packing)
-    if endless := (seed is not None):
-        stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
-        stream = datasets.distributed.split_dataset_by_node(stream, RANK, WORLD)
-    readers = max(1, min(stream.num_shards, os.cpu_count() // WORLD - 1))  # shards: files, or parts of a hub data set
-    options = dict(drop_last=endless, persistent_workers=endless, num_workers=readers, prefetch_factor=16)
-    loader = torch.utils.data.DataLoader(stream, rows, worker_init_fn=leave_group, **options)
-    first = iter(loader)  # the readers start now, and work while the LM is loaded
-
-    def batches():
-        for epoch in count():
-            n = 0
-            with blame(f"--dataset {dataset}", DATA):
-                for n, batch in enumerate(loader if epoch else first, 1):
-                    yield batch["tokens"]
-            if n == 0:
-                side, size = "held-out" if held_out else "training", f"{rows if endless else 1} x {ctx_len} tokens"
-                sys.exit(f"error: --dataset {dataset}: too little text, its {side} documents have no {size}")
-            if not endless:
-                return
-            if epoch == 0 and RANK == 0:
-                tqdm.write(f"--dataset {dataset} is repeated: it has {n * rows * ctx_len * WORLD:,} tokens")
-            stream.set_epoch(epoch + 1)
-
-    return batches()
-
-def leave_group(_reader: int):
-    sys.excepthook = lambda *_: None  # what matters is raised in the main process; when that has stopped, nothing does
-    if hasattr(os, "setpgrp"):  # a signal to the whole group, such as Ctrl-C, is for the main process to act on
-        os.setpgrp()
-
-# ---- Activations: x and y of one MLP --------------------------------------------------------------------------------
 def fast_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16, in 1/2 to 1/9 of the time of float32 (as newer CPUs do, too)."""
+    """Whether matmuls in bfloat16 take 1/2 to 1/9 of their time in float32 on this device."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+
 
 def load_lm(name: str, device: torch.device) -> nn.Module:
-    config = transformers.AutoConfig.from_pretrained(name)
-    if getattr(config, "activation_function", None) == "gelu_new":  # GPT-2's, as eight kernels
-        config.activation_function = "gelu_pytorch_tanh"  # the same function as one: 30% off the LM's time on a CPU
-    dtype = torch.bfloat16 if fast_bfloat16(device) else torch.float32
-    return transformers.AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype).eval().to(device)
+    """Load a causal LM of the hub or of a folder for inference."""
+    with one_line(f"--model {name}", MODEL_HINT):
+        config = transformers.AutoConfig.from_pretrained(name)
+        if getattr(config, "activation_function", None) == "gelu_new":  # GPT-2's, eight kernels
+            config.activation_function = "gelu_pytorch_tanh"  # the same function in one kernel
+        dtype = torch.bfloat16 if fast_bfloat16(device) else torch.float32
+        lm = transformers.AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
+    return lm.eval().to(device)
+
+
+def load_tokenizer(name: str):
+    with one_line(f"--model {name}", MODEL_HINT):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    if len(tokenizer) < 2:  # what transformers returns for a folder that has none
+        sys.exit(f"error: --model {name}: there is no tokenizer in it (save one beside the model)")
+    return tokenizer
+
 
 def find_mlp(lm: nn.Module, layer: int) -> tuple[str, nn.ModuleList, nn.Module]:
-    """Return the hookpoint (the MLP's name under the base model, "h.6.mlp"), the list of blocks, and the MLP itself."""
-    name, blocks = next(((n, m) for n, m in lm.base_model.named_modules() if isinstance(m, nn.ModuleList)), ("", []))
+    """Return the hookpoint, the list of the LM's blocks, and the MLP of block `layer`.
+
+    The hookpoint is the MLP's name under the base model, such as "h.6.mlp" in GPT-2.
+    """
+    blocks = next((m for m in lm.get_decoder().modules() if isinstance(m, nn.ModuleList)), [])
     if not 0 <= layer < len(blocks):
         sys.exit(f"error: --layer {layer}: the model has blocks 0 to {len(blocks) - 1}")
     mlp = getattr(blocks[layer], "mlp", None)
-    if mlp is None or hasattr(mlp, "experts"):
+    parts = str(mlp).lower()  # the names and classes of its modules
+    if mlp is None or "expert" in parts or "router" in parts:
         sys.exit(f"error: --layer {layer}: {type(blocks[layer]).__name__} has no dense .mlp")
-    return f"{name}.{layer}.mlp", blocks, mlp
+    hookpoint = next(name for name, m in lm.base_model.named_modules() if m is mlp)
+    return hookpoint, blocks, mlp
 
-OUTLIER = 10  # a token whose |y| is over so many times the median does not count (README, "Outliers")
 
 class MLPActivations:
-    """Call it with tokens [rows, ctx_len] to get the MLP's input x and output y there, each [rows * (ctx_len - 1), d].
+    """Call it with tokens [rows, ctx_len] to get the MLP's x and y, [rows * (ctx_len - 1), d] each.
 
-    Position 0 of each row is left out: LMs park attention there, with a huge norm that says nothing of the text. Some
-    do so on a few other tokens as well. The first call finds the largest |y| that counts, unless it is given.
+    Position 0 of each row is left out. LMs park attention there, and its huge activations say
+    nothing about the text. Some LMs do so on a few other tokens, too: these outliers are replaced.
+    A token is an outlier if |y| is over `max_norm`, which the first call sets unless it is given.
     """
+
     def __init__(self, lm: nn.Module, mlp: nn.Module, max_norm: float | None = None):
         self.lm, self.max_norm = lm, max_norm
         mlp.register_forward_hook(self.hook)
 
     def hook(self, mlp, args, output):
-        if len(args) != 1:  # BLOOM's, for one, is given the residual stream as well, and adds its output to it
-            sys.exit(f"error: --model: {type(mlp).__name__} takes {len(args)} inputs, not one")
-        self.x, self.y = args[0], output  # [rows, ctx_len, d] each
+        if len(args) != 1 or not isinstance(output, Tensor):  # BLOOM's is given the residual, too
+            sys.exit(f"error: --model: {type(mlp).__name__} does not map one tensor to another")
+        if self.y is not None:  # then x and y would not belong to one place in the LM
+            sys.exit(f"error: --model: {type(mlp).__name__} runs more than once for a token")
+        # Copies, since a block may later add to these tensors in place, as Falcon's does.
+        self.x = args[0].to(torch.float32, copy=True)  # [rows, ctx_len, d]
+        self.y = output.to(torch.float32, copy=True)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        self.x = self.y = None
         self.lm.base_model(tokens, use_cache=False)
-        x, y = (a[:, 1:].flatten(0, 1).float() for a in (self.x, self.y))
+        if self.y is None:
+            sys.exit("error: --model: the MLP of this layer does not run on text")
+        x, y = self.x[:, 1:].flatten(0, 1), self.y[:, 1:].flatten(0, 1)  # [N, d] each
         norm = y.norm(dim=1)  # [N]
-        self.max_norm = self.max_norm or OUTLIER * norm.median().item()
-        counts, index = norm <= self.max_norm, torch.arange(len(y), device=y.device)
-        # in place of an outlier comes the last token before it that is none (or the first of all): no sizes change
-        index = torch.where(counts, index, counts.int().argmax()).cummax(0).values
+        if self.max_norm is None:
+            self.max_norm = OUTLIER * norm.median().item()
+        # Replace each outlier by the nearest earlier normal token, so that N stays the same. (That
+        # token then counts twice. Outliers before the first normal token are replaced by it.)
+        normal = norm <= self.max_norm
+        position = torch.arange(len(y), device=y.device)
+        first_normal = normal.int().argmax()
+        index = torch.where(normal, position, first_normal).cummax(0).values
         return x[index], y[index]
 
-# ---- Training -------------------------------------------------------------------------------------------------------
-WARM_UP, DECAY = 0.05, 0.5  # shares of the steps over which the learning rate rises at the start and falls at the end
-BETAS = (0.9, 0.98)  # Adam's; the usual 0.999 remembers a thousand steps, half of a short run
-DEAD = 0.02  # a latent is dead once it was silent for this share of the tokens to train on
-WAKE = 0.03  # what a dead latent's bias gains a step, in s_z; without it up to a third of the latents die
-LOG_EVERY, SAVE_EVERY = 5, 300  # seconds: not each step, as reading a number off a GPU waits for all work given to it
 
-class Trainer:
-    """A coder, its optimizer, how long each latent has been silent, and the FVU since the last report."""
-    def __init__(self, coder: Coder, x: Tensor, y: Tensor, lr: float, dead_after: float):
-        """x, y [N, d]: a first batch, which sets where the coder starts; `dead_after`: tokens of silence."""
-        self.coder, self.lr, self.dead_after = coder, lr, dead_after
-        coder.b_dec.data = y.mean(0)  # predict the mean of y, to start with, and centre what is read
-        if coder.arch != "sae":
-            coder.b_enc.data = -(coder.W_enc.data @ x.mean(0))  # [M, d] @ [d] -> [M]
-        s_x, s_y = (a.var(0, correction=0).mean().sqrt().item() for a in (x, y))
-        self.s_z = s_y if coder.arch == "sae" else s_x  # W_enc has unit rows
-        units = {"W_enc": 1, "b_enc": self.s_z, "W_dec": s_y / self.s_z, "b_dec": s_y, "W_skip": s_y / s_x}
-        groups = [{"params": [p], "unit": units[name]} for name, p in coder.named_parameters()]
-        self.optimizer = torch.optim.Adam(groups, lr=lr, betas=BETAS, fused=True)
-        self.silent = torch.zeros(len(coder.W_dec), dtype=torch.int64, device=x.device)  # [M] tokens since last active
-        self.sums = torch.zeros(2, device=x.device)  # squared error and variance since the last report
+# ---- Tokens: documents -> one side of the split -> packed rows -> shuffled -> batches --------
 
-    def step(self, x: Tensor, y: Tensor, lr_factor: float):
-        """One Adam step on the FVU of x, y [N, d], the MLP's input and output."""
-        coder = self.coder
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=fast_bfloat16(x.device)):
-            y_hat, acts, indices = coder(x, y)
-        squared_error = (y - y_hat).square().sum()
-        variance = (y - y.mean(0)).square().sum()
-        self.optimizer.zero_grad()
-        (squared_error / variance).backward()
-        active = torch.zeros_like(coder.b_enc).index_add_(0, indices.flatten(), acts.detach().flatten())  # [M]
-        if WORLD > 1:
-            for tensor in (active, *(p.grad for p in coder.parameters())):  # sums: Adam does not mind the factor
-                torch.distributed.all_reduce(tensor)
-        dead = self.silent >= self.dead_after  # [M]
-        self.silent = torch.where(active > 0, 0, self.silent + len(x) * WORLD)
-        self.sums += torch.stack([squared_error.detach(), variance])
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * lr_factor * group["unit"]
-        W, grad = coder.W_dec.data, coder.W_dec.grad  # [M, d]
-        if coder.arch == "sae":  # rows of W_dec stay unit vectors: step along the sphere, then back onto it
-            grad -= torch.linalg.vecdot(grad, W)[:, None] * W
-        self.optimizer.step()
-        if coder.arch == "sae":
-            W /= W.norm(dim=1, keepdim=True)
-        coder.b_enc.data += WAKE * self.s_z * lr_factor * dead
+LINES = 100  # lines of a .txt file, which may be a whole library, that make a document
+LONGEST = 100_000  # characters; longer documents are cut before they are tokenised
+SHUFFLE_ROWS = 2048  # rows are drawn from a pool of this size: mixing them lowers FVU by 15%
 
-def train(args: argparse.Namespace):
-    """Train a coder for each of `args.arch` on one stream of activations, and save them to `args.out`."""
-    with blame(f"--model {args.model}", MODEL):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-        source = args.dataset, args.subset, tokenizer, args.ctx_len
-        batches = token_batches(*source, args.batch_size // WORLD, seed=args.seed)
-        lm = load_lm(args.model, args.device)
+# A folder is read as the first of these formats that it holds. Some are known, but not read.
+FORMATS = {
+    ".arrow": "this is a folder of save_to_disk: write the data set with to_parquet instead",
+    ".parquet": None,
+    ".jsonl": None,
+    ".txt": None,
+    ".json": None,
+    ".csv": "convert it to .jsonl or .parquet, with a column text",
+    ".zst": "unpack it first, with zstd -d",
+}
+
+
+def file_format(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def find_files(path: Path) -> tuple[list[Path], list[Path]]:
+    """Return the files to read of a local path, all of one format, and those that are not read."""
+    files, others = [path], []
+    if path.is_dir():
+        names = [name for name in sorted(path.rglob("*")) if name.is_file()]
+        visible = [n for n in names if not any(p[0] == "." for p in n.relative_to(path).parts)]
+        found = {file_format(file) for file in visible}
+        chosen = next((ending for ending in FORMATS if ending in found), None)
+        files = [file for file in visible if file_format(file) == chosen]
+        others = [file for file in visible if file not in files]
+    hint = FORMATS.get(file_format(files[0]), DATA_HINT) if files else DATA_HINT
+    if hint:
+        sys.exit(f"error: --dataset {path}: nothing can be read there ({hint})")
+    return files, others
+
+
+def find_sources(dataset: str, subset: str | None) -> list[Path | datasets.IterableDataset]:
+    """Return the parts of a data set: local files, or the shards of a data set on the hub."""
+    if Path(dataset).exists():
+        return find_files(Path(dataset))[0]
+    with one_line(f"--dataset {dataset}", DATA_HINT):
+        stream = datasets.load_dataset(dataset, subset, split="train", streaming=True)
+        stream = stream.select_columns(["text"])
+        return [stream.shard(stream.num_shards, i) for i in range(stream.num_shards)]
+
+
+def read_rows(source: Path | datasets.IterableDataset) -> Iterator[dict]:
+    """Yield {"text": ...} for each document of a source. What stands in other columns is ignored."""
+    if isinstance(source, datasets.IterableDataset):
+        yield from source
+    elif file_format(source) == ".parquet":
+        for batch in ParquetFile(source).iter_batches(batch_size=1000, columns=["text"]):
+            yield from batch.to_pylist()
+    else:
+        opener = gzip.open if source.suffix.lower() == ".gz" else open
+        with opener(source, "rt", encoding="utf-8-sig") as lines:  # -sig: without a BOM
+            if file_format(source) == ".txt":
+                while document := "".join(islice(lines, LINES)):
+                    yield {"text": document}
+            elif lines.read(1) == "[":  # the whole file is one JSON list
+                lines.seek(0)
+                yield from json.load(lines)
+            else:  # one JSON object on each line
+                lines.seek(0)
+                yield from map(json.loads, filter(str.strip, lines))
+
+
+def read_texts(sources):
+    """Yield the text of each document. Raises DataError where a source cannot be read."""
+    for source in sources:
+        try:
+            for row in read_rows(source):
+                if not isinstance(row, dict):
+                    raise ValueError("a row is not an object with a text")
+                text = row["text"]
+                if isinstance(text, str):
+                    # Tokenizers refuse half a surrogate pair, which JSON allows: it becomes "?".
+                    yield text.encode("utf-8", "replace").decode()
+                elif text is not None:
+                    raise ValueError(f"a text is of type {type(text).__name__}, not a string")
+        except LIBRARY_ERRORS as error:
+            name = source.name if isinstance(source, Path) else "the hub"
+            missing = "there is no column " if isinstance(error, KeyError) else ""
+            raise DataError(f"{name}: {missing}{error}") from None
+
+
+def is_held_out(text: str) -> bool:
+    """One document in ten is kept for eval.py: the same ones in any order and for any reader."""
+    return zlib.crc32(text.encode()) % 10 == 0
+
+
+def documents(sources: list, held_out: bool) -> Iterator[str]:
+    """Yield the texts of one side of the split, the long ones in pieces."""
+    for text in read_texts(sources):
+        if is_held_out(text) == held_out:
+            yield from (text[i : i + LONGEST] for i in range(0, len(text), LONGEST))
+
+
+def pack(texts: Iterable[str], tokenizer, ctx_len: int) -> Iterator[Tensor]:
+    """Join texts by EOS and cut them into rows, int64 [ctx_len]; drop what fills none at the end.
+
+    Each row begins with BOS, or with EOS where the tokenizer has no BOS: LMs are trained to find
+    it there. As position 0 is not used anyway, this costs nothing.
+    """
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    bos = eos if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    width = ctx_len - len(bos)  # of a row, in tokens of text
+    texts, tokens = iter(texts), []
+    while some := list(islice(texts, 50)):  # tokenizers are faster on several at a time
+        for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
+            tokens += ids + eos
+        whole = len(tokens) // width * width
+        for i in range(0, whole, width):
+            yield torch.tensor(bos + tokens[i : i + width])
+        tokens = tokens[whole:]
+
+
+def stream_rows(sources: list, held_out: bool, tokenizer, ctx_len: int) -> Iterator[dict]:
+    """What a reader process runs on its share of the sources."""
+    for row in pack(documents(sources, held_out), tokenizer, ctx_len):
+        yield {"tokens": row}
+
+
+def token_batches(
+    dataset: str, subset: str | None, tokenizer, ctx_len: int, rows: int, held_out=False, seed=None
+) -> Iterator[Tensor]:
+    """Return an iterator over batches of tokens [rows, ctx_len], read by other processes.
+
+    With a seed it is endless: rows are shuffled, text is repeated in another order each time,
+    batches are full, and each process under torchrun has its own.
+    """
+    sources = find_sources(dataset, subset)
+    how = {"held_out": held_out, "tokenizer": tokenizer, "ctx_len": ctx_len}
+    stream = datasets.IterableDataset.from_generator(
+        stream_rows,
+        gen_kwargs={"sources": sources} | how,  # a list there is what readers share out
+    )
+    endless = seed is not None
+    if endless:
+        stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
+        stream = datasets.distributed.split_dataset_by_node(stream, RANK, WORLD)
+    loader = torch.utils.data.DataLoader(
+        stream,
+        batch_size=rows,
+        drop_last=endless,
+        num_workers=max(1, min(stream.num_shards, os.cpu_count() // WORLD - 1)),
+        prefetch_factor=16,
+        persistent_workers=endless,
+        worker_init_fn=leave_group,
+    )
+
+    def batches():
+        for epoch in count() if endless else [0]:
+            stream.set_epoch(epoch)
+            number = 0
+            for number, batch in enumerate(loader, start=1):
+                yield batch["tokens"]
+            if number == 0:
+                side = "held-out" if held_out else "training"
+                need = f"{rows if endless else 1} x {ctx_len} tokens"
+                raise DataError(f"too little text, its {side} documents have no {need}")
+            if endless and epoch == 0 and RANK == 0:
+                size = number * rows * ctx_len * WORLD
+                tqdm.write(f"--dataset {dataset} is repeated: it has {size:,} tokens")
+
+    return batches()
+
+
+def leave_group(_reader: int):
+    """A signal to all processes of a terminal, such as Ctrl-C, is for the main one to act on."""
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
+
+
+# ---- Training -------------------------------------------------------------------------------
+
+WARM_UP, DECAY = 0.05, 0.5  # shares of the run over which the learning rate rises and falls
+LOG_EVERY, SAVE_EVERY = 5, 300  # seconds; reading a number off a GPU waits for all its work
+
+
+def train(args):
+    """Train a coder for each of `args.arch` and `args.k` on one stream, and save them."""
+    # Load the LM up to the MLP: what later blocks and the LM head do is never needed.
+    tokenizer = load_tokenizer(args.model)
+    lm = load_lm(args.model, args.device)
     hookpoint, blocks, mlp = find_mlp(lm, args.layer)
-    del blocks[args.layer + 1 :]  # nobody reads what they write; the LM head is never called either
+    del blocks[args.layer + 1 :]
     activations = MLPActivations(lm, mlp)
-    first = next(batches).to(args.device)
+
+    # Start the stream of text.
+    if RANK == 0 and Path(args.dataset).exists():
+        tell_what_is_read(Path(args.dataset), tokenizer, args.ctx_len)
+    source = args.dataset, args.subset, tokenizer, args.ctx_len
+    batches = token_batches(*source, args.batch_size // WORLD, seed=args.seed)
+
+    # The first batch shows where the coders should start. They are not trained on it.
+    tokens = next(batches).to(args.device)
     if WORLD > 1:
-        torch.distributed.broadcast(first, 0)  # so that all start the same
-    x, y = activations(first)  # [rows * (ctx_len - 1), d] each: where the coders start, not trained on
+        torch.distributed.broadcast(tokens, 0)  # so that all processes start the same
+    x, y = activations(tokens)  # [rows * (ctx_len - 1), d] each
     d, M = y.shape[1], args.expansion * y.shape[1]
     names = coder_names(args.arch, args.k)
-    if (k := max(k for _, k in names.values())) > M:
-        sys.exit(f"error: --k {k}: there are {M} latents (--expansion {args.expansion} x {d})")
-    with blame(f"--expansion {args.expansion}", "lower it"):  # what does not fit into memory
-        coders = {name: Coder(arch, d, M, k, args.seed).to(args.device) for name, (arch, k) in names.items()}
-        trainers = {name: Trainer(coder, x, y, args.lr, DEAD * args.tokens) for name, coder in coders.items()}
+    check_memory(args, 4 * 4 * 2 * M * d * len(names))  # weights, gradients, Adam's two moments
+    coders, trainers = {}, {}
+    for name, (arch, k) in names.items():
+        if k > M:
+            sys.exit(f"error: --k {k}: there are {M} latents (--expansion {args.expansion} x {d})")
+        coders[name] = Coder(arch, d, M, k, args.seed).to(args.device)
+        trainers[name] = Trainer(coders[name], x, y, args.lr, DEAD * args.tokens)
+
+    # Say what is about to happen, and note it in config.json.
     step_tokens = args.batch_size * (args.ctx_len - 1)
     steps = math.ceil(args.tokens / step_tokens)
-    config = vars(args) | {"hookpoint": hookpoint, "d": d, "num_latents": M, "max_norm": activations.max_norm}
-    config |= {key: Path(config[key]).resolve() for key in ("model", "dataset") if Path(config[key]).exists()}
-    config["tokens_trained"] = 0
-    config["versions"] = {library.__name__: library.__version__ for library in (torch, transformers, datasets)}
+    config = vars(args) | {"hookpoint": hookpoint, "d": d, "num_latents": M}
+    config["max_norm"] = activations.max_norm
+    config["coders"] = {name: f"{name}/{hookpoint}" for name in coders}  # the folder of each
+    config["versions"] = {lib.__name__: lib.__version__ for lib in (torch, transformers, datasets)}
+    for key in ("model", "dataset"):
+        if Path(config[key]).exists():  # a relative path would not be found from elsewhere
+            config[key] = Path(config[key]).resolve()
     if RANK == 0:
-        print(f"{', '.join(coders)} at {hookpoint} of {args.model}: M {M:,}, k {args.k}; on {args.device} x {WORLD}")
-        print(f"{steps * step_tokens:,} tokens of {args.dataset} in steps of {step_tokens:,}, lr {args.lr:.2g}")
-        log_path, flag = args.out / "log.jsonl", f"--out {args.out}"
-        write(flag, {log_path: log_path.read_text() if log_path.exists() else ""})  # fails now if it cannot be written
-    bar = tqdm(total=steps * step_tokens, unit="tok", unit_scale=True, disable=RANK > 0)
-    log, tokens, logged, done, logged_at, saved_at = "", 0, 0, False, time.monotonic(), time.monotonic()
-    for number in (signal.SIGINT, signal.SIGTERM):
+        ks = " ".join(map(str, args.k))
+        print(f"{', '.join(args.arch)} with k {ks}, M {M:,} at {hookpoint} of {args.model}")
+        print(
+            f"{steps:,} steps of {step_tokens:,} tokens, lr {args.lr:.2g}, {args.device} x {WORLD}"
+        )
+        with one_line(f"--out {args.out}", "pass another folder"):
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "log.jsonl").open("a").close()
+
+    # Ctrl-C and SIGTERM end the run after the step at hand; a second one ends it at once.
+    stop = torch.zeros(1)
+
+    def ask_to_stop(number, frame):
+        stop.fill_(1)
         signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask_to_stop)
+
+    # The loop.
+    log, finite, logged_at, saved_at = [], True, time.monotonic(), time.monotonic()
+    bar = tqdm(total=steps * step_tokens, unit="tok", unit_scale=True, disable=RANK > 0)
+    config["tokens_trained"] = 0
     try:
-        for step, batch in zip(range(steps), batches):
-            x, y = activations(batch.to(args.device))
-            share = (step + 0.5) / steps
+        for step, tokens in zip(range(1, steps + 1), batches):
+            # All processes stop after the same step: one alone would wait for the others.
+            if WORLD > 1:
+                torch.distributed.all_reduce(stop)
+            if stop:
+                break
+
+            # One step of each coder on the same activations.
+            x, y = activations(tokens.to(args.device))
+            progress = (step - 0.5) / steps
             for trainer in trainers.values():
-                trainer.step(x, y, min(1, share / WARM_UP, (1 - share) / DECAY))
+                trainer.step(x, y, min(1, progress / WARM_UP, (1 - progress) / DECAY))
+            config["tokens_trained"] += step_tokens
             bar.update(step_tokens)
-            config["tokens_trained"] = tokens = tokens + step_tokens
-            now, done = time.monotonic(), step + 1 == steps
-            if RANK > 0 or now < logged_at + LOG_EVERY and not done:
+
+            # Now and then log the FVU since the last time.
+            now = time.monotonic()
+            if RANK > 0 or (now < logged_at + LOG_EVERY and step < steps):
                 continue
-            fvu = {name: (t.sums[0] / t.sums[1]).item() for name, t in trainers.items()}  # since the last report
-            dead = {name: (t.silent >= t.dead_after).float().mean().item() for name, t in trainers.items()}
-            if not all(map(math.isfinite, fvu.values())):
-                sys.exit(f"error: --lr {args.lr:g}: the loss is not finite after {tokens:,} tokens, lower it")
-            bar.set_postfix_str(", ".join(f"{name} FVU {fvu[name]:.3f} dead {dead[name]:.1%}" for name in coders))
-            speed = round((tokens - logged) / (now - logged_at))
-            log += json.dumps({"tokens": tokens, "tokens_per_s": speed, "fvu": fvu, "dead": dead}) + "\n"
-            write(flag, {log_path: log})
-            logged, logged_at = tokens, now
-            for trainer in trainers.values():
-                trainer.sums.zero_()
+            fvu = {name: trainer.pop_fvu() for name, trainer in trainers.items()}
+            finite = all(map(math.isfinite, fvu.values()))
+            if not finite:
+                sys.exit(f"error: --lr {args.lr:g}: the loss is not finite any more, lower it")
+            dead = {name: t.dead().float().mean().item() for name, t in trainers.items()}
+            done, logged = config["tokens_trained"], log[-1]["tokens"] if log else 0
+            speed = round((done - logged) / (now - logged_at))
+            log.append({"tokens": done, "tokens_per_s": speed, "fvu": fvu, "dead": dead})
+            lines = "".join(json.dumps(entry) + "\n" for entry in log)
+            write(args.out / "log.jsonl", lines, f"--out {args.out}")
+            bar.set_postfix_str(f"FVU {min(fvu.values()):.3f} to {max(fvu.values()):.3f}")
+            logged_at = now
             if now > saved_at + SAVE_EVERY:
                 save_run(config, coders)
                 saved_at = now
-    except KeyboardInterrupt:
-        bar.close()  # Ctrl-C or SIGTERM: what there is, is saved
-    if RANK == 0:
-        save_run(config, coders)
-        print("done" if done else "stopped", f"after {tokens:,} tokens; next: python eval.py {args.out}")
-    sys.exit(0 if done else 130)
+    finally:
+        # Whatever ended the loop, save what was trained.
+        bar.close()
+        if RANK == 0 and config["tokens_trained"] > 0 and finite:
+            save_run(config, coders)
+            print(f"{config['tokens_trained']:,} tokens done; next: python eval.py {args.out}")
+    if stop:
+        sys.exit(130)
 
-# ---- Files ----------------------------------------------------------------------------------------------------------
-def coder_names(archs: list[str], k: int | list[int]) -> dict[str, tuple[str, int]]:
-    """The architecture and k of each coder of a run, by its name."""
-    if isinstance(k, int):
-        return {arch: (arch, k) for arch in archs}
-    return {f"{arch}-k{number}": (arch, number) for arch in archs for number in sorted(k)}
 
-IN_FILES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}  # what EleutherAI's sparsify calls them
+def tell_what_is_read(path: Path, tokenizer, ctx_len: int):
+    """Say which files of a folder are read, and whether the text is too little for eval.py."""
+    files, others = find_files(path)
+    if path.is_dir():
+        names = ", ".join(file.name for file in others[:5])
+        print(f"--dataset {path}: {len(files)} {file_format(files[0])} files, not read: {names}")
+    if next(pack(documents(files, held_out=True), tokenizer, ctx_len), None) is None:
+        print(f"--dataset {path}: no document is held out for eval.py; cut the text into more")
+
+
+def coder_names(archs: list[str], ks: list[int]) -> dict[str, tuple[str, int]]:
+    """Return the architecture and k of each coder of a run, by its name."""
+    if len(ks) == 1:
+        return {arch: (arch, ks[0]) for arch in archs}
+    return {f"{arch}-k{k}": (arch, k) for arch in archs for k in sorted(ks)}
+
+
+def check_memory(args, size: int):
+    """Try to allocate `size` bytes before anything is built."""
+    try:
+        torch.empty(size, dtype=torch.int8, device=args.device)
+    except RuntimeError:
+        need = f"{size / 2**30:,.0f} GiB do not fit into the memory of {args.device}"
+        sys.exit(f"error: --expansion {args.expansion}: {need} (lower it)")
+
+
+# ---- The same, faster -----------------------------------------------------------------------
+# You may skip this section. It computes what two plain lines of PyTorch would, in less time.
+
+
+class TopKEncoder(torch.autograd.Function):
+    """The k largest pre-activations of each token and the indices of their latents, [N, k] each.
+
+        pre = F.linear(read, W_enc, b_enc)  # [N, d] @ [d, M] -> [N, M]
+        return pre.topk(k)
+
+    These two lines are equal to it. Their backward multiplies [N, M] matrices that are nearly all
+    zero. This one touches the k entries of each token alone, a share of k / M.
+    """
+
+    @staticmethod
+    def forward(ctx, read, W_enc, b_enc, k):
+        pre, indices = F.linear(read, W_enc, b_enc).topk(k, sorted=False)
+        ctx.save_for_backward(read, W_enc, indices)
+        ctx.mark_non_differentiable(indices)
+        return pre.to(W_enc.dtype), indices  # the matmul may have been in bfloat16
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        """grad [N, k] is that of pre."""
+        read, W_enc, indices = ctx.saved_tensors
+        k = indices.shape[1]
+
+        # The gradient of row j of W_enc is the sum of `read` over the tokens that use latent j,
+        # each times its grad. Sorted by latent, the N * k pairs of a token and a latent form one
+        # bag per latent: embedding_bag adds up each bag. Latent j's begins at first[j].
+        latent, order = indices.flatten().sort()
+        first = torch.searchsorted(latent, torch.arange(len(W_enc), device=latent.device))  # [M]
+        token = order // k  # since pair number i belongs to token i // k
+        weight = grad.flatten()[order]
+        grad_W = F.embedding_bag(token, read, first, per_sample_weights=weight, mode="sum")
+        grad_b = grad.new_zeros(len(W_enc)).index_add_(0, latent, weight)  # [M]
+
+        # What the autoencoder reads depends on b_dec, so it needs a gradient, too.
+        grad_read = None
+        if ctx.needs_input_grad[0]:
+            grad_read = F.embedding_bag(indices, W_enc, per_sample_weights=grad, mode="sum")
+        return grad_read, grad_W, grad_b, None
+
+
+# ---- Files ----------------------------------------------------------------------------------
+
+IN_FILES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}  # as EleutherAI's sparsify has it
+
 
 def save_run(config: dict, coders: dict[str, Coder]):
-    """Write config.json and, per coder, <name>/<hookpoint>/, a folder that EleutherAI's `sparsify` loads as it is."""
-    files = {}
+    """Write the coders' folders, in the format of EleutherAI's sparsify, and config.json."""
+    out, flag = config["out"], f"--out {config['out']}"
     for name, coder in coders.items():
-        folder = config["out"] / name / config["hookpoint"]
-        cfg = {"activation": "topk", "expansion_factor": config["expansion"], "num_latents": config["num_latents"]}
-        cfg |= {"k": coder.k, "multi_topk": False, "d_in": config["d"], "normalize_decoder": coder.arch == "sae"}
-        cfg |= {"transcode": coder.arch != "sae", "skip_connection": coder.arch == "skip_transcoder"}
-        files[folder / "cfg.json"] = json.dumps(cfg, indent=2) + "\n"
-        files[folder / "sae.safetensors"] = {IN_FILES.get(n, n): p.cpu() for n, p in coder.state_dict().items()}
-    files[config["out"] / "config.json"] = json.dumps(config, indent=2, default=str) + "\n"  # last: it makes it a run
-    write(f"--out {config['out']}", files)
+        arch = ARCHS[coder.arch]
+        cfg = {
+            "activation": coder.activation,
+            "expansion_factor": config["expansion"],
+            "normalize_decoder": arch.unit_rows,
+            "num_latents": config["num_latents"],
+            "k": coder.k,
+            "multi_topk": False,
+            "skip_connection": arch.skip,
+            "transcode": arch.reads == "x",
+            "d_in": config["d"],
+            "arch": coder.arch,  # ours alone: sparsify ignores it
+        }
+        tensors = {IN_FILES.get(n, n): p.cpu() for n, p in coder.state_dict().items()}
+        folder = out / config["coders"][name]
+        write(folder / "sae.safetensors", tensors, flag)
+        write(folder / "cfg.json", json.dumps(cfg, indent=2) + "\n", flag)
+    # The last one, since it is what makes the folder a run.
+    write(out / "config.json", json.dumps(config, indent=2, default=str) + "\n", flag)
+
 
 def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[dict, dict[str, Coder]]:
-    """Return the config of a run directory and its coders by name. Ends the program if damaged."""
-    with blame(f"RUN {run}", "pass a folder that skipcoder.py wrote, or train it again"):
-        config, coders = json.loads((Path(run) / "config.json").read_text()), {}
-        for name, (arch, k) in coder_names(config["arch"], config["k"]).items():
-            coder = coders[name] = Coder(arch, config["d"], config["num_latents"], k)
-            tensors = load_file(Path(run) / name / config["hookpoint"] / "sae.safetensors")
-            coder.load_state_dict({n: tensors[IN_FILES.get(n, n)] for n in coder.state_dict()})
-            coder.to(device).requires_grad_(False)
-        return config, coders
+    """Return the config of a run and its coders by name. Ends the program if it is no run.
 
-def write(flag: str, files: dict[Path, str | dict[str, Tensor]]):
-    """Write texts and tensors under temporary names, then rename all: each is replaced whole, on a full disk none."""
-    temporary = {path: path.with_name(path.name + ".tmp") for path in files}
-    with blame(flag, "make room there, or pass another path"):
+    Of config.json it needs "coders" alone: for each name a folder, whoever wrote that folder.
+    """
+    run = Path(run)
+    with one_line(f"RUN {run}", "pass a folder that skipcoder.py wrote"):
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        if "coders" not in config:  # an earlier version wrote it
+            ks = config["k"] if isinstance(config["k"], list) else [config["k"]]
+            names = coder_names(config["arch"], ks)
+            config["coders"] = {name: f"{name}/{config['hookpoint']}" for name in names}
+        coders = {name: load_coder(run / folder) for name, folder in config["coders"].items()}
+    return config, {name: coder.to(device) for name, coder in coders.items()}
+
+
+def load_coder(folder: Path) -> Coder:
+    """Load one coder, for inference, from a folder of ours or of EleutherAI's sparsify."""
+    cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+    tensors = load_file(folder / "sae.safetensors")
+    if cfg["activation"] != Coder.activation:
+        raise ValueError(f"{folder}: activation {cfg['activation']}, not {Coder.activation}")
+    arch = cfg.get("arch")
+    if arch is None:
+        arch = "skip_transcoder" if cfg["skip_connection"] else "transcoder"
+        arch = arch if cfg["transcode"] else "sae"
+    M, d = tensors["W_dec"].shape
+    coder = Coder(arch, d, M, cfg["k"])
+    coder.load_state_dict({n: tensors[IN_FILES.get(n, n)] for n in coder.state_dict()})
+    return coder.requires_grad_(False)
+
+
+def write(path: Path, content: str | dict[str, Tensor], flag: str):
+    """Write text or tensors under a temporary name, then rename it.
+
+    An interrupted write leaves the old file as it was.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with one_line(flag, "make room there, or pass another path"):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            for path, content in files.items():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temporary[path].write_text(content) if isinstance(content, str) else save_file(content, temporary[path])
-            for path in files:
-                temporary[path].replace(path)
+            if isinstance(content, str):
+                temporary.write_text(content, encoding="utf-8")
+            else:
+                save_file(content, temporary)
+            temporary.replace(path)
         finally:
-            for path in files:
-                temporary[path].unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
-# ---- Flags ----------------------------------------------------------------------------------------------------------
-MODEL = "pass a name on the hub, with a connection to it, or a local folder, as tests/tiny_gpt2.py makes one"
 
-@contextmanager
-def blame(flag: str, fix: str):
-    """Around what a user can get wrong: whatever is raised ends the program with one line of flag, message and fix."""
+# ---- Flags ----------------------------------------------------------------------------------
+
+
+def at_least(least: float, kind=int):
+    """Return a type for argparse: a finite number that is not below `least`."""
+
+    def number(text):
+        if not least <= kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is below {least} or not a number")
+        return kind(text)
+
+    return number
+
+
+def pick_device(name: str) -> torch.device:
+    """Return a device that works. For "auto" it is the accelerator, or the CPU without one."""
+    if name == "auto":
+        name = "cpu"
+        if torch.accelerator.is_available():
+            kind = torch.accelerator.current_accelerator().type
+            name = f"{kind}:{os.environ.get('LOCAL_RANK', '0')}"
     try:
-        yield
-    except Exception as error:
-        lines = str(error).strip().splitlines() or ["nothing can be read there"]  # an empty file: StopIteration
-        line = lines[-1 if "Traceback" in str(error) else 0]  # what a reader process raises comes with its traceback
-        sys.exit(f"error: {flag}: {line.rstrip('.')} ({fix})")
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch has no class of its own for this
+        reason = str(error).splitlines()[0]
+        sys.exit(f"error: --device {name}: {reason} (use cpu, cuda, mps, xpu or auto)")
+
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The flags of either script, with numbers checked and the device tried; and what else both begin with."""
-    parser.error = lambda message: sys.exit(f"error: {message}")  # one line, without the usage
+    """Parse the flags of either script, and do what both begin with."""
+    parser.error = lambda message: sys.exit(f"error: {message}")  # without the lines of usage
     args = parser.parse_args()
-    for name in ("expansion", "k", "tokens", "ctx_len", "batch_size", "lr", "latents"):
-        given = getattr(args, name, None)
-        for value in given if isinstance(given, list) else [given]:
-            if value is not None and not 0 < value < math.inf:
-                parser.error(f"--{name.replace('_', '-')} {value}: a number above 0 is needed")
-    if args.seed < 0:
-        parser.error(f"--seed {args.seed}: a number from 0 on is needed")
-    args.tokens = math.ceil(args.tokens)
-    auto = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    with blame(f"--device {args.device}", "use cpu, cuda or auto"):
-        args.device = torch.zeros(1, device=auto if args.device == "auto" else args.device).device
-    logging.disable(logging.ERROR)  # what matters of the libraries' messages is said in a line of our own
+    args.device = pick_device(args.device)
+    logging.disable(logging.ERROR)  # we say ourselves what matters of the libraries' messages
     transformers.logging.disable_progress_bar()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends at once, as long as there is nothing to save
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is there to be saved yet
     return args
+
 
 def main():
     parser = argparse.ArgumentParser(prog="skipcoder.py", description=__doc__.splitlines()[0])
     flag = parser.add_argument
-    flag("--layer", type=int, required=True, help="the block whose MLP is coded, counted from 0")
-    flag("--model", default="gpt2", help="a decoder on the Hugging Face hub, or a local folder (default %(default)s)")
-    flag("--dataset", default="HuggingFaceFW/fineweb", help=f"{DATA} (default %(default)s)")
-    flag("--subset", help="configuration of a hub data set (default: sample-10BT of the default data set)")
-    flag("--arch", nargs="+", choices=ARCHS, default=list(ARCHS), help="coders to train (default: all three)")
-    flag("--expansion", type=int, default=32, help="latents M as a multiple of the width d (default %(default)s)")
-    flag("--k", type=int, nargs="+", default=[32], help="latents active per token, a coder for each one (default 32)")
-    flag("--tokens", type=float, default=5e7, help="tokens to train on (default %(default)s)")
-    flag("--ctx-len", type=int, help="tokens in a row (default 256, or the model's limit if that is lower)")
-    flag("--batch-size", type=int, help="rows in a step (default: grows with --tokens, see README, Recipe)")
-    flag("--lr", type=float, help="Adam's learning rate (default: falls with --tokens, see README, Recipe)")
-    flag("--seed", type=int, default=0, help="seed of the coders' start and of the order of the rows (default 0)")
-    flag("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
+    flag("--layer", type=int, required=True, help="the block whose MLP is coded, from 0")
+    flag("--model", default="gpt2", help="on the hub, or a local folder (default %(default)s)")
+    flag("--dataset", default="HuggingFaceFW/fineweb", help="on the hub, or a local file or folder")
+    flag("--subset", help="configuration of a hub data set (default sample-10BT of FineWeb)")
+    flag("--arch", nargs="+", choices=ARCHS, default=list(ARCHS), help="default: all three")
+    flag("--expansion", type=at_least(1), default=32, help="latents M / width d (default 32)")
+    flag("--k", type=at_least(1), nargs="+", default=[32], help="latents per token; one coder each")
+    flag("--tokens", type=at_least(1, float), default=5e7, help="to train on (default 50 million)")
+    flag("--ctx-len", type=at_least(1), help="tokens in a row (default 256, or the LM's limit)")
+    flag("--batch-size", type=at_least(1), help="rows in a step (default: see README, Recipe)")
+    flag(
+        "--lr",
+        type=at_least(1e-9, float),
+        help="Adam's learning rate (default: see README, Recipe)",
+    )
+    flag("--seed", type=at_least(0), default=0, help="of the coders' start and the order of rows")
+    flag("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: the accelerator)")
     flag("--out", type=Path, help="run directory (default runs/<model>-layer<L>)")
     flag("--overwrite", action="store_true", help="replace the run in --out")
     args = parse(parser)
-    if len(args.k) > len(set(args.k)):
+    args.tokens = math.ceil(args.tokens)
+    if len(set(args.k)) < len(args.k):
         sys.exit(f"error: --k {' '.join(map(str, args.k))}: give each number once")
-    args.k = args.k[0] if len(args.k) == 1 else args.k
     if WORLD > 1:
         torch.distributed.init_process_group()
-    with blame(f"--model {args.model}", MODEL):
+    with one_line(f"--model {args.model}", MODEL_HINT):
         model = transformers.AutoConfig.from_pretrained(args.model).get_text_config()
     limit = getattr(model, "max_position_embeddings", math.inf)
     args.ctx_len = args.ctx_len or min(256, limit)
-    if not 3 <= args.ctx_len <= limit:  # position 0 is not used, and in eval.py the last one has no next token
-        sys.exit(f"error: --ctx-len {args.ctx_len}: at least 3 and, for this model, at most {limit} tokens")
-    # the recipe: for a run over 2M tokens a rate of 1.5e-3 and 1,024 tokens in a step
+    if not 3 <= args.ctx_len <= limit:  # eval.py uses neither the first position nor the last
+        sys.exit(f"error: --ctx-len {args.ctx_len}: it must be from 3 to {limit} for this model")
+    # The recipe: lr 1.5e-3 and steps of 1,024 tokens for 2M tokens in all, and powers of that.
     args.lr = args.lr or 1.5e-3 * (2e6 / args.tokens) ** 0.25
     rows = args.batch_size or 1024 * (args.tokens / 2e6) ** 0.5 / args.ctx_len
-    args.batch_size = max(1, round(rows / WORLD)) * WORLD
-    args.subset = args.subset or {"HuggingFaceFW/fineweb": "sample-10BT"}.get(args.dataset)
+    args.batch_size = max(1, round(rows / WORLD)) * WORLD  # the same number for each process
+    if args.dataset == "HuggingFaceFW/fineweb":
+        args.subset = args.subset or "sample-10BT"
     args.out = args.out or Path(f"runs/{Path(args.model).resolve().name}-layer{args.layer}")
     if (args.out / "config.json").exists() and not args.overwrite:
-        sys.exit(f"error: --out {args.out} holds a run: pass --overwrite to replace it, or another --out")
-    train(args)
+        sys.exit(f"error: --out {args.out} holds a run: pass --overwrite, or another --out")
+    try:
+        with one_line(f"--dataset {args.dataset}", DATA_HINT, DataError):
+            train(args)
+    except KeyboardInterrupt:  # the second Ctrl-C
+        sys.exit(130)
+
 
 if __name__ == "__main__":
     main()
