@@ -36,7 +36,6 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count, islice
 from pathlib import Path
@@ -86,37 +85,38 @@ class Coder(nn.Module):
     def __init__(self, arch: str, d: int, num_latents: int, k: int, seed: int = 0):
         super().__init__()
         self.arch, self.k = arch, k
+        self.reads, self.unit_rows, skip = ARCHS[arch][:3]
         generator = torch.Generator().manual_seed(seed)
         W = F.normalize(torch.randn(num_latents, d, generator=generator))  # rows of length 1
         self.W_enc = nn.Parameter(W)
         self.b_enc = nn.Parameter(torch.zeros(num_latents))
         # A latent of the autoencoder should write what it reads, so W_dec starts as W_enc. What a
         # latent of a transcoder should write is not known in advance, so W_dec starts as zero.
-        self.W_dec = nn.Parameter(W.clone() if ARCHS[arch].unit_rows else torch.zeros_like(W))
+        self.W_dec = nn.Parameter(W.clone() if self.unit_rows else torch.zeros_like(W))
         self.b_dec = nn.Parameter(torch.zeros(d))
-        self.W_skip = nn.Parameter(torch.zeros(d, d)) if ARCHS[arch].skip else None
+        self.W_skip = nn.Parameter(torch.zeros(d, d)) if skip else None
 
     @torch.no_grad()
-    def start(self, x: Tensor, y: Tensor):
+    def start(self, x, y):
         """Centre the coder on a first batch x, y [N, d]: the mean pre-activation becomes zero.
 
         A transcoder then predicts mean(y) for every token, so its FVU starts at 1.
         """
         self.b_dec.copy_(y.mean(0))
-        if ARCHS[self.arch].reads == "x":
+        if self.reads == "x":
             self.b_enc.copy_(-self.W_enc @ x.mean(0))  # [M, d] @ [d] -> [M]
 
-    def encode(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, x, y):
         """For x, y [N, d] return the acts of the k latents of each token, and their indices.
 
         Both are [N, k]. An act is the value of a latent: positive, or 0 where the ReLU cuts it.
         """
-        read = x if ARCHS[self.arch].reads == "x" else y - self.b_dec  # [N, d]
+        read = x if self.reads == "x" else y - self.b_dec  # [N, d]
         # What follows equals F.linear(read, self.W_enc, self.b_enc).topk(self.k), but is faster.
         pre, indices = TopKEncoder.apply(read, self.W_enc, self.b_enc, self.k)  # [N, k] each
         return pre.relu(), indices
 
-    def decode(self, acts: Tensor, indices: Tensor, x: Tensor) -> Tensor:
+    def decode(self, acts, indices, x):
         """Return y_hat [N, d]: for each token the rows of W_dec at its indices, times the acts."""
         y_hat = F.embedding_bag(indices, self.W_dec, per_sample_weights=acts, mode="sum")
         y_hat = y_hat + self.b_dec
@@ -124,7 +124,7 @@ class Coder(nn.Module):
             y_hat = y_hat + F.linear(x, self.W_skip)  # [N, d] @ [d, d] -> [N, d]
         return y_hat
 
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x, y):
         """Return y_hat [N, d] and, of the latents in use, acts and indices, [N, k] each."""
         acts, indices = self.encode(x, y)
         return self.decode(acts, indices, x), acts, indices
@@ -144,7 +144,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 class Trainer:
     """A coder with its optimizer, and for each latent how long it has been silent."""
 
-    def __init__(self, coder: Coder, x: Tensor, y: Tensor, lr: float, dead_after: float):
+    def __init__(self, coder: Coder, x, y, lr: float, dead_after: float):
         """Start the coder on a first batch x, y [N, d]; `dead_after` is in tokens."""
         self.coder, self.lr, self.dead_after = coder, lr, dead_after
         coder.start(x, y)
@@ -154,7 +154,7 @@ class Trainer:
         # of an entry of x and of y. As rows of W_enc have length 1, s_z, that of a pre-activation,
         # is the one of what the encoder reads. W_dec maps z to y, so its size is s_y / s_z.
         s_x, s_y = (a.var(0, correction=0).mean().sqrt().item() for a in (x, y))
-        self.s_z = s_z = s_x if ARCHS[coder.arch].reads == "x" else s_y
+        self.s_z = s_z = s_x if coder.reads == "x" else s_y
         size = {"W_enc": 1, "b_enc": s_z, "W_dec": s_y / s_z, "b_dec": s_y, "W_skip": s_y / s_x}
         groups = [{"params": [p], "size": size[name]} for name, p in coder.named_parameters()]
         self.optimizer = torch.optim.Adam(groups, lr=lr, betas=BETAS, fused=True)
@@ -164,7 +164,7 @@ class Trainer:
         )  # [M] tokens
         self.sums = torch.zeros(2, device=x.device)  # squared error and variance since the last log
 
-    def step(self, x: Tensor, y: Tensor, lr_factor: float):
+    def step(self, x, y, lr_factor: float):
         """Make one Adam step on a batch x, y [N, d], with the learning rate lr * lr_factor."""
         coder = self.coder
 
@@ -192,11 +192,11 @@ class Trainer:
         #    tangent to it before the step, and their length is set to 1 after it.
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * lr_factor * group["size"]
-        if ARCHS[coder.arch].unit_rows:
+        if coder.unit_rows:
             radial = torch.linalg.vecdot(coder.W_dec.grad, coder.W_dec.detach())  # [M]
             coder.W_dec.grad -= radial[:, None] * coder.W_dec.detach()
         self.optimizer.step()
-        if ARCHS[coder.arch].unit_rows:
+        if coder.unit_rows:
             coder.W_dec.data /= coder.W_dec.data.norm(dim=1, keepdim=True)
 
         # 5. Raise the biases of dead latents, step by step, until they are active again. Without
@@ -227,7 +227,7 @@ class DataError(Exception):
 
 
 @contextmanager
-def one_line(flag: str, hint: str, errors=LIBRARY_ERRORS):
+def one_line(flag, hint, errors=LIBRARY_ERRORS):
     """Turn what a library raises for bad input into one line on stderr, and end the program.
 
     Use it around calls of libraries only: an error in our own code has to stay a traceback.
@@ -246,14 +246,14 @@ def one_line(flag: str, hint: str, errors=LIBRARY_ERRORS):
 OUTLIER = 10  # a token does not count if |y| is over so many times the median (README, "Outliers")
 
 
-def fast_bfloat16(device: torch.device) -> bool:
+def fast_bfloat16(device):
     """Whether matmuls in bfloat16 take 1/2 to 1/9 of their time in float32 on this device."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
-def load_lm(name: str, device: torch.device) -> nn.Module:
+def load_lm(name: str, device):
     """Load a causal LM of the hub or of a folder for inference."""
     with one_line(f"--model {name}", MODEL_HINT):
         config = transformers.AutoConfig.from_pretrained(name)
@@ -272,7 +272,7 @@ def load_tokenizer(name: str):
     return tokenizer
 
 
-def find_mlp(lm: nn.Module, layer: int) -> tuple[str, nn.ModuleList, nn.Module]:
+def find_mlp(lm, layer: int):
     """Return the hookpoint, the list of the LM's blocks, and the MLP of block `layer`.
 
     The hookpoint is the MLP's name under the base model, such as "h.6.mlp" in GPT-2.
@@ -296,7 +296,7 @@ class MLPActivations:
     A token is an outlier if |y| is over `max_norm`, which the first call sets unless it is given.
     """
 
-    def __init__(self, lm: nn.Module, mlp: nn.Module, max_norm: float | None = None):
+    def __init__(self, lm, mlp, max_norm=None):
         self.lm, self.max_norm = lm, max_norm
         mlp.register_forward_hook(self.hook)
 
@@ -310,7 +310,7 @@ class MLPActivations:
         self.y = output.to(torch.float32, copy=True)
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, tokens):
         self.x = self.y = None
         self.lm.base_model(tokens, use_cache=False)
         if self.y is None:
@@ -346,11 +346,11 @@ FORMATS = {
 }
 
 
-def file_format(path: Path) -> str:
+def file_format(path):
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def find_files(path: Path) -> tuple[list[Path], list[Path]]:
+def find_files(path):
     """Return the files to read of a local path, all of one format, and those that are not read."""
     files, others = [path], []
     if path.is_dir():
@@ -366,7 +366,7 @@ def find_files(path: Path) -> tuple[list[Path], list[Path]]:
     return files, others
 
 
-def find_sources(dataset: str, subset: str | None) -> list[Path | datasets.IterableDataset]:
+def find_sources(dataset, subset):
     """Return the parts of a data set: local files, or the shards of a data set on the hub."""
     if Path(dataset).exists():
         return find_files(Path(dataset))[0]
@@ -376,7 +376,7 @@ def find_sources(dataset: str, subset: str | None) -> list[Path | datasets.Itera
         return [stream.shard(stream.num_shards, i) for i in range(stream.num_shards)]
 
 
-def read_rows(source: Path | datasets.IterableDataset) -> Iterator[dict]:
+def read_rows(source):
     """Yield {"text": ...} for each document of a source. What stands in other columns is ignored."""
     if isinstance(source, datasets.IterableDataset):
         yield from source
@@ -421,14 +421,14 @@ def is_held_out(text: str) -> bool:
     return zlib.crc32(text.encode()) % 10 == 0
 
 
-def documents(sources: list, held_out: bool) -> Iterator[str]:
+def documents(sources, held_out):
     """Yield the texts of one side of the split, the long ones in pieces."""
     for text in read_texts(sources):
         if is_held_out(text) == held_out:
             yield from (text[i : i + LONGEST] for i in range(0, len(text), LONGEST))
 
 
-def pack(texts: Iterable[str], tokenizer, ctx_len: int) -> Iterator[Tensor]:
+def pack(texts, tokenizer, ctx_len):
     """Join texts by EOS and cut them into rows, int64 [ctx_len]; drop what fills none at the end.
 
     Each row begins with BOS, or with EOS where the tokenizer has no BOS: LMs are trained to find
@@ -447,15 +447,13 @@ def pack(texts: Iterable[str], tokenizer, ctx_len: int) -> Iterator[Tensor]:
         tokens = tokens[whole:]
 
 
-def stream_rows(sources: list, held_out: bool, tokenizer, ctx_len: int) -> Iterator[dict]:
+def stream_rows(sources, held_out, tokenizer, ctx_len):
     """What a reader process runs on its share of the sources."""
     for row in pack(documents(sources, held_out), tokenizer, ctx_len):
         yield {"tokens": row}
 
 
-def token_batches(
-    dataset: str, subset: str | None, tokenizer, ctx_len: int, rows: int, held_out=False, seed=None
-) -> Iterator[Tensor]:
+def token_batches(dataset, subset, tokenizer, ctx_len, rows, held_out=False, seed=None):
     """Return an iterator over batches of tokens [rows, ctx_len], read by other processes.
 
     With a seed it is endless: rows are shuffled, text is repeated in another order each time,
@@ -532,7 +530,11 @@ def train(args):
     x, y = activations(tokens)  # [rows * (ctx_len - 1), d] each
     d, M = y.shape[1], args.expansion * y.shape[1]
     names = coder_names(args.arch, args.k)
-    check_memory(args, 4 * 4 * 2 * M * d * len(names))  # weights, gradients, Adam's two moments
+    size = len(names) * 2 * M * d * 16  # bytes of weights, gradients and Adam's two moments
+    try:
+        torch.empty(size, dtype=torch.int8, device=args.device)
+    except RuntimeError:  # it does not fit into memory
+        sys.exit(f"error: --expansion {args.expansion}: {size:,} bytes are needed (lower it)")
     coders, trainers = {}, {}
     for name, (arch, k) in names.items():
         if k > M:
@@ -619,7 +621,7 @@ def train(args):
         sys.exit(130)
 
 
-def tell_what_is_read(path: Path, tokenizer, ctx_len: int):
+def tell_what_is_read(path, tokenizer, ctx_len):
     """Say which files of a folder are read, and whether the text is too little for eval.py."""
     files, others = find_files(path)
     if path.is_dir():
@@ -629,20 +631,11 @@ def tell_what_is_read(path: Path, tokenizer, ctx_len: int):
         print(f"--dataset {path}: no document is held out for eval.py; cut the text into more")
 
 
-def coder_names(archs: list[str], ks: list[int]) -> dict[str, tuple[str, int]]:
+def coder_names(archs, ks):
     """Return the architecture and k of each coder of a run, by its name."""
     if len(ks) == 1:
         return {arch: (arch, ks[0]) for arch in archs}
     return {f"{arch}-k{k}": (arch, k) for arch in archs for k in sorted(ks)}
-
-
-def check_memory(args, size: int):
-    """Try to allocate `size` bytes before anything is built."""
-    try:
-        torch.empty(size, dtype=torch.int8, device=args.device)
-    except RuntimeError:
-        need = f"{size / 2**30:,.0f} GiB do not fit into the memory of {args.device}"
-        sys.exit(f"error: --expansion {args.expansion}: {need} (lower it)")
 
 
 # ---- The same, faster -----------------------------------------------------------------------
@@ -694,7 +687,7 @@ class TopKEncoder(torch.autograd.Function):
 IN_FILES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}  # as EleutherAI's sparsify has it
 
 
-def save_run(config: dict, coders: dict[str, Coder]):
+def save_run(config, coders):
     """Write the coders' folders, in the format of EleutherAI's sparsify, and config.json."""
     out, flag = config["out"], f"--out {config['out']}"
     for name, coder in coders.items():
@@ -719,7 +712,7 @@ def save_run(config: dict, coders: dict[str, Coder]):
     write(out / "config.json", json.dumps(config, indent=2, default=str) + "\n", flag)
 
 
-def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[dict, dict[str, Coder]]:
+def load_run(run, device="cpu"):
     """Return the config of a run and its coders by name. Ends the program if it is no run.
 
     Of config.json it needs "coders" alone: for each name a folder, whoever wrote that folder.
@@ -735,7 +728,7 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> tuple[dict,
     return config, {name: coder.to(device) for name, coder in coders.items()}
 
 
-def load_coder(folder: Path) -> Coder:
+def load_coder(folder):
     """Load one coder, for inference, from a folder of ours or of EleutherAI's sparsify."""
     cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
     tensors = load_file(folder / "sae.safetensors")
@@ -751,7 +744,7 @@ def load_coder(folder: Path) -> Coder:
     return coder.requires_grad_(False)
 
 
-def write(path: Path, content: str | dict[str, Tensor], flag: str):
+def write(path, content, flag):
     """Write text or tensors under a temporary name, then rename it.
 
     An interrupted write leaves the old file as it was.
@@ -772,7 +765,7 @@ def write(path: Path, content: str | dict[str, Tensor], flag: str):
 # ---- Flags ----------------------------------------------------------------------------------
 
 
-def at_least(least: float, kind=int):
+def at_least(least, kind=int):
     """Return a type for argparse: a finite number that is not below `least`."""
 
     def number(text):
@@ -783,7 +776,7 @@ def at_least(least: float, kind=int):
     return number
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name):
     """Return a device that works. For "auto" it is the accelerator, or the CPU without one."""
     if name == "auto":
         name = "cpu"
@@ -797,7 +790,7 @@ def pick_device(name: str) -> torch.device:
         sys.exit(f"error: --device {name}: {reason} (use cpu, cuda, mps, xpu or auto)")
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def parse(parser):
     """Parse the flags of either script, and do what both begin with."""
     parser.error = lambda message: sys.exit(f"error: {message}")  # without the lines of usage
     args = parser.parse_args()
