@@ -67,10 +67,8 @@ class Arch(NamedTuple):
 ARCHS = {  # a fourth architecture is one more line
     "sae": Arch(reads="y", unit_rows=True, skip=False, color="#d55e00", marker="circle"),
     "transcoder": Arch(reads="x", unit_rows=False, skip=False, color="#0080c6", marker="square"),
-    "skip_transcoder": Arch(
-        reads="x", unit_rows=False, skip=True, color="#009e73", marker="triangle"
-    ),
-}
+    "skip_transcoder": Arch(reads="x", unit_rows=False, skip=True, color="#009e73", marker="triangle"),
+}  # fmt: skip
 
 
 class Coder(nn.Module):
@@ -85,7 +83,8 @@ class Coder(nn.Module):
     def __init__(self, arch: str, d: int, num_latents: int, k: int, seed: int = 0):
         super().__init__()
         self.arch, self.k = arch, k
-        self.reads, self.unit_rows, skip = ARCHS[arch][:3]
+        kind = ARCHS[arch]
+        self.reads, self.unit_rows = kind.reads, kind.unit_rows
         generator = torch.Generator().manual_seed(seed)
         W = F.normalize(torch.randn(num_latents, d, generator=generator))  # rows of length 1
         self.W_enc = nn.Parameter(W)
@@ -94,7 +93,7 @@ class Coder(nn.Module):
         # latent of a transcoder should write is not known in advance, so W_dec starts as zero.
         self.W_dec = nn.Parameter(W.clone() if self.unit_rows else torch.zeros_like(W))
         self.b_dec = nn.Parameter(torch.zeros(d))
-        self.W_skip = nn.Parameter(torch.zeros(d, d)) if skip else None
+        self.W_skip = nn.Parameter(torch.zeros(d, d)) if kind.skip else None
 
     @torch.no_grad()
     def start(self, x, y):
@@ -159,9 +158,8 @@ class Trainer:
         groups = [{"params": [p], "size": size[name]} for name, p in coder.named_parameters()]
         self.optimizer = torch.optim.Adam(groups, lr=lr, betas=BETAS, fused=True)
 
-        self.silent = torch.zeros(
-            len(coder.W_enc), dtype=torch.int64, device=x.device
-        )  # [M] tokens
+        M = len(coder.W_enc)
+        self.silent = torch.zeros(M, dtype=torch.int64, device=x.device)  # tokens
         self.sums = torch.zeros(2, device=x.device)  # squared error and variance since the last log
 
     def step(self, x, y, lr_factor: float):
@@ -377,7 +375,7 @@ def find_sources(dataset, subset):
 
 
 def read_rows(source):
-    """Yield {"text": ...} for each document of a source. What stands in other columns is ignored."""
+    """Yield {"text": ...} for each document of a source. Other columns do not matter."""
     if isinstance(source, datasets.IterableDataset):
         yield from source
     elif file_format(source) == ".parquet":
