@@ -58,17 +58,17 @@ class Arch(NamedTuple):
     """What tells an architecture from the others."""
 
     reads: str  # what the encoder reads: "x", the MLP's input, or "y", its output
-    unit_rows: bool  # W_dec starts as W_enc, and its rows keep the length 1
-    skip: bool  # W_skip x is added to the prediction
     color: str  # in the pictures of eval.py
     marker: str  # there, too: "circle", "square", "triangle" or "diamond"
+    unit_rows: bool = False  # whether W_dec starts as W_enc, and its rows keep the length 1
+    skip: bool = False  # whether W_skip x is added to the prediction
 
 
 ARCHS = {  # a fourth architecture is one more line
-    "sae": Arch(reads="y", unit_rows=True, skip=False, color="#d55e00", marker="circle"),
-    "transcoder": Arch(reads="x", unit_rows=False, skip=False, color="#0080c6", marker="square"),
-    "skip_transcoder": Arch(reads="x", unit_rows=False, skip=True, color="#009e73", marker="triangle"),
-}  # fmt: skip
+    "sae": Arch(reads="y", unit_rows=True, color="#d55e00", marker="circle"),
+    "transcoder": Arch(reads="x", color="#0080c6", marker="square"),
+    "skip_transcoder": Arch(reads="x", skip=True, color="#009e73", marker="triangle"),
+}
 
 
 class Coder(nn.Module):
