@@ -55,6 +55,7 @@ for line in sys.stdin:
     print("seconds", time.perf_counter() - start, flush=True)
 """
 
+
 def timed(f, times: int = 3) -> float:
     """Median seconds of a call, after one to warm up."""
     seconds = []
@@ -66,15 +67,18 @@ def timed(f, times: int = 3) -> float:
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
 
+
 def time_eval(argv: list[str]):
     """Run eval.py, with plain forward passes, head included, of batches of 2,048 tokens before and after it."""
     config, _ = skipcoder.load_run(argv[0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens = torch.randint(1000, (2048 // config["ctx_len"], config["ctx_len"]), device=device)
+
     @torch.no_grad()
     def plain() -> float:
         lm = skipcoder.load_lm(config["model"], device)
         return timed(lambda: lm(tokens, use_cache=False).logits[0, 0, 0].item(), 5)
+
     before, start = plain(), time.perf_counter()
     table, reports = evaluation.table, []  # of the report
     evaluation.table = lambda report: (reports.append(report), table(report))[1]
@@ -82,18 +86,27 @@ def time_eval(argv: list[str]):
     evaluation.main()
     seconds, read, after = time.perf_counter() - start, reports[0]["tokens"], plain()
     passes = seconds / ((before + after) / 2 * read / tokens.numel())
-    print(f"eval.py: {seconds:.0f} s for {read:,} tokens, {passes:.2f} plain passes ({before:.2f}, {after:.2f} s a batch)")
+    print(
+        f"eval.py: {seconds:.0f} s for {read:,} tokens, {passes:.2f} plain passes ({before:.2f}, {after:.2f} s a batch)"
+    )
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens-per-step", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each version")
-    parser.add_argument("--eval", nargs=argparse.REMAINDER, help="a run, and flags of eval.py: time that instead")
-    parser.add_argument("--sparsify", metavar="PYTHON", help="a Python that has eai-sparsify, to compare with")
+    parser.add_argument(
+        "--eval", nargs=argparse.REMAINDER, help="a run, and flags of eval.py: time that instead"
+    )
+    parser.add_argument(
+        "--sparsify", metavar="PYTHON", help="a Python that has eai-sparsify, to compare with"
+    )
     args = parser.parse_args()
     if args.eval:
         time_eval(args.eval)
-        return print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
+        return print(
+            f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if skipcoder.fast_bfloat16(device) else torch.float32
     rows = args.tokens_per_step // CTX_LEN
@@ -101,7 +114,9 @@ def main():
     folder = Path((_keep := tempfile.TemporaryDirectory()).name)  # gone when the program ends
     texts = tiny_gpt2.documents()
     for i in range(5):
-        (folder / f"text{i}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[i::5]))
+        (folder / f"text{i}.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in texts[i::5])
+        )
     tokenizer = tiny_gpt2.train_tokenizer(texts, 8192)
     batches = skipcoder.token_batches(str(folder), None, tokenizer, CTX_LEN, rows, seed=0)
 
@@ -112,7 +127,10 @@ def main():
     activations = skipcoder.MLPActivations(lm, mlp)
     x, y = activations(next(batches).to(device))
     trainers = {arch: Trainer(Coder(arch, D, M, K).to(device), x, y, 1e-4, 1e9) for arch in ARCHS}
-    print(f"{device}, {torch.get_num_threads()} threads, matmuls in {dtype}; {rows * CTX_LEN} tokens a step")
+    print(
+        f"{device}, {torch.get_num_threads()} threads, matmuls in {dtype}; {rows * CTX_LEN} tokens a step"
+    )
+
     def step(archs):
         x, y = activations(next(batches).to(device))
         for arch in archs:
@@ -121,35 +139,54 @@ def main():
     seconds, reference = {"one": [], "three": []}, None  # of whole steps, alternating
     if args.sparsify:
         command = [args.sparsify, "-c", SPARSIFY, str(rows), device.type]
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=1, text=True)
+        pipes = dict(
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=1,
+            text=True,
+        )
         seconds["sparsify"], reference = [], subprocess.Popen(command, **pipes)
     for _ in range(args.steps + 1):
         for name, archs in (("one", ["transcoder"]), ("three", ARCHS)):
             seconds[name].append(timed(lambda: step(archs), 1))
         if reference:
             reference.stdin.write("go\n")
-            line = next(line for line in reference.stdout if line.startswith("seconds"))  # StopIteration: it has failed
+            line = next(
+                line for line in reference.stdout if line.startswith("seconds")
+            )  # StopIteration: it has failed
             seconds["sparsify"].append(float(line.split()[1]))
     median = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     for name, value in median.items():
         print(f"{name:10} {rows * CTX_LEN / value:10,.0f} tokens/s")
     if reference:
         reference.stdin.close()
-        print(f"three coders here against three runs of sparsify: {3 * median['sparsify'] / median['three']:.1f}x")
+        print(
+            f"three coders here against three runs of sparsify: {3 * median['sparsify'] / median['three']:.1f}x"
+        )
 
     # the limit by matmul alone, at the rate of the encoder's own shape
     a, b = (torch.randn(n, D, device=device, dtype=dtype) for n in (N, M))
     rate = 2 * N * D * M / timed(lambda: a @ b.T)
-    flops = 2 * rows * CTX_LEN * (LAYER + 1) * 12 * D * D + 3 * 2 * N * D * M  # of three coders and their LM
-    print(f"matmul {rate / 1e12:.2f} TFLOP/s; limit by matmul alone {rate * rows * CTX_LEN / flops:,.0f} tokens/s")
+    flops = (
+        2 * rows * CTX_LEN * (LAYER + 1) * 12 * D * D + 3 * 2 * N * D * M
+    )  # of three coders and their LM
+    print(
+        f"matmul {rate / 1e12:.2f} TFLOP/s; limit by matmul alone {rate * rows * CTX_LEN / flops:,.0f} tokens/s"
+    )
     print(f"three coders reach {flops / rate / median['three']:.0%} of it")
 
     with torch.profiler.profile() as profile:
         step(ARCHS)
     sort_by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
     print(profile.key_averages().table(sort_by=sort_by, row_limit=12))
-    gpu = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU" if device.type == "cuda" else ""
+    gpu = (
+        f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU"
+        if device.type == "cuda"
+        else ""
+    )
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB{gpu}")
+
 
 if __name__ == "__main__":
     main()

@@ -12,12 +12,18 @@ from conftest import flags, run, run_here
 import eval as evaluation
 import skipcoder
 
+
 def fails(script, capfd, *args) -> str:
     """The one line with which the script ends, before which it writes nothing to stderr but progress bars."""
     message, stderr = run_here(script, *args), capfd.readouterr().err
-    assert all("%|" in line for line in stderr.replace("\r", "\n").splitlines() if line.strip()), stderr
-    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message, message
+    assert all("%|" in line for line in stderr.replace("\r", "\n").splitlines() if line.strip()), (
+        stderr
+    )
+    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message, (
+        message
+    )
     return message
+
 
 @pytest.fixture
 def train_fails(capfd, tiny, tmp_path):
@@ -28,9 +34,16 @@ def train_fails(capfd, tiny, tmp_path):
 
     return train_fails
 
+
 FLAGS = {  # what the line says, for which flag and values
-    "above 0": {"k": [0, -4, "4 0"], "expansion": [0], "tokens": [0, "inf"], "ctx-len": [0], "batch-size": [0],
-                "lr": [0, -1e-3, "nan"]},
+    "above 0": {
+        "k": [0, -4, "4 0"],
+        "expansion": [0],
+        "tokens": [0, "inf"],
+        "ctx-len": [0],
+        "batch-size": [0],
+        "lr": [0, -1e-3, "nan"],
+    },
     "invalid": {"layer": ["six"], "k": ["nan", 1.5], "tokens": ["many"], "arch": ["vae"]},
     "blocks 0 to 2": {"layer": [-1, 3]},
     "tiny_gpt2.py": {"model": ["no-such-model"]},
@@ -44,11 +57,13 @@ FLAGS = {  # what the line says, for which flag and values
     "use cpu": {"device": ["cuda:99", "abacus"]},
 }
 
+
 @pytest.mark.parametrize("says", FLAGS)
 def test_flags(train_fails, says):
     for flag, value in ((flag, value) for flag, values in FLAGS[says].items() for value in values):
         line = train_fails(f"--{flag}", *str(value).split())
         assert f"--{flag}" in line and says in line
+
 
 def test_model_that_is_no_model(train_fails, tiny, tmp_path):
     (tmp_path / "empty").mkdir()
@@ -56,6 +71,7 @@ def test_model_that_is_no_model(train_fails, tiny, tmp_path):
     (torn / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:1000])
     for model in (tiny / "config.json", tmp_path / "empty", torn):
         assert f"--model {model}: " in train_fails("--model", model)
+
 
 DATA = {  # content of a file, and what the line says
     "empty.txt": (b"", ""),
@@ -71,6 +87,7 @@ DATA = {  # content of a file, and what the line says
     "folder": (None, "any data files"),
 }
 
+
 @pytest.mark.parametrize("name", DATA)
 def test_data(train_fails, tmp_path, name):
     path, (content, says) = tmp_path / name, DATA[name]
@@ -78,26 +95,46 @@ def test_data(train_fails, tmp_path, name):
     line = train_fails("--dataset", path)
     assert f"--dataset {path}: " in line and says in line
 
+
 def test_out(train_fails, tmp_path):
     (tmp_path / "file").write_text("mine")
     assert "--out" in train_fails("--out", tmp_path / "file")
     assert "--out" in train_fails("--out", "/proc/run")  # not even root can write there
     assert (tmp_path / "file").read_text() == "mine"
 
+
 def test_as_a_user_meets_it(tiny, tmp_path):
     """In a process of its own: one line on stderr and exit code 1; offline, it says how to go on without the hub."""
     assert run_here(skipcoder) == "error: the following arguments are required: --layer"
     for args, says in (
-        (["--model", "no/such", "--layer", 1], "error: --model no/such: .* local folder, as tests/tiny_gpt2.py"),
-        (["--model", tiny, "--layer", 1], "error: --dataset HuggingFaceFW/fineweb: .* or a file or folder"),
+        (
+            ["--model", "no/such", "--layer", 1],
+            "error: --model no/such: .* local folder, as tests/tiny_gpt2.py",
+        ),
+        (
+            ["--model", tiny, "--layer", 1],
+            "error: --dataset HuggingFaceFW/fineweb: .* or a file or folder",
+        ),
     ):
         done = run("skipcoder.py", *args, "--out", tmp_path / "run", HF_HOME=str(tmp_path))
-        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and re.match(says, done.stderr), done.stderr
+        assert (
+            done.returncode == 1
+            and len(done.stderr.splitlines()) == 1
+            and re.match(says, done.stderr)
+        ), done.stderr
+
 
 def test_eval_flags(capfd, trained, tmp_path):
-    values = {"--tokens": 0, "--latents": 0, "--json": tmp_path, "--html": "/proc/page.html", "--svg": tmp_path}
+    values = {
+        "--tokens": 0,
+        "--latents": 0,
+        "--json": tmp_path,
+        "--html": "/proc/page.html",
+        "--svg": tmp_path,
+    }
     for flag, value in (values | {"--device": "abacus", "--dataset": "no-such-data"}).items():
         assert flag in fails(evaluation, capfd, trained, flag, value)
+
 
 def test_eval_runs_that_are_none(capfd, trained, tmp_path):
     copy = shutil.copytree(trained, tmp_path / "copy")
@@ -116,6 +153,7 @@ def test_eval_runs_that_are_none(capfd, trained, tmp_path):
         (copy / "config.json").write_text(content)
         assert f"RUN {copy}: " in fails(evaluation, capfd, copy)
 
+
 def test_eval_model_gone_or_changed(capfd, trained, tmp_path):
     copy = shutil.copytree(trained, tmp_path / "copy")
     wide, config = tmp_path / "wide", json.loads((copy / "config.json").read_text())
@@ -125,6 +163,7 @@ def test_eval_model_gone_or_changed(capfd, trained, tmp_path):
     (copy / "config.json").write_text(json.dumps(config | {"model": str(tmp_path / "gone")}))
     line = fails(evaluation, capfd, copy)
     assert "RUN" in line and f"{tmp_path}/gone" in line
+
 
 def test_eval_data(capfd, trained, tmp_path):
     """Of either side of the split there has to be a row."""

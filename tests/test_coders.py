@@ -1,128 +1,307 @@
-"""The coders' numbers and gradients against dense autograd in float64, and what a training step does."""
+"""The coders' numbers and gradients against dense autograd in float64, and what a step does."""
+
+import copy
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
 
-from skipcoder import ARCHS, WAKE, Coder, Trainer, topk
+from skipcoder import ARCHS, WAKE, Coder, TopKEncoder, Trainer
 
 N, d, M, k = 24, 8, 40, 5
+EVERY_ARCH = pytest.mark.parametrize("arch", ARCHS)
+
 
 def make(arch: str, device) -> tuple[Coder, torch.Tensor, torch.Tensor]:
-    """A coder in float64 in which every parameter is random, and x, y [N, d]."""
+    """Return a coder in float64 in which every parameter is random, and x, y [N, d]."""
     generator = torch.Generator().manual_seed(0)
-    coder = Coder(arch, d, M, k).double().to(device)
+
+    def random(*shape):
+        numbers = torch.randn(*shape, generator=generator)
+        return numbers.double().to(device)
+
+    coder = Coder(arch, d, M, k).double()
     for p in coder.parameters():
-        p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(device)
-    return coder, *torch.randn(2, N, d, generator=generator, dtype=torch.float64).to(device)
+        p.data = random(*p.shape)
+    return coder, random(N, d), random(N, d)
+
+
+def new_trainer(arch, x, y, lr=1e-2, dead_after=1e9) -> Trainer:
+    coder = Coder(arch, d, M, k).to(x.device)
+    return Trainer(coder, x, y, lr, dead_after)
+
+
+def variance(a) -> float:
+    """Return the sum of squares of a [N, d] around its mean."""
+    centred = a - a.mean(0)
+    return centred.square().sum().item()
+
+
+def deviation(a) -> float:
+    """Return the standard deviation of an entry of a [N, d]."""
+    return math.sqrt(variance(a) / a.numel())
+
 
 def dense_forward(coder: Coder, x, y, k: int = k):
-    """y_hat [N, d] and z [N, M]: the equations of the docstring, written out with dense tensors."""
-    pre = ((y - coder.b_dec) if coder.arch == "sae" else x) @ coder.W_enc.T + coder.b_enc  # [N, M]
-    kept = torch.zeros_like(pre, dtype=torch.bool).scatter(1, pre.topk(k).indices, True)
-    z = torch.where(kept, pre, 0).relu()
-    return z @ coder.W_dec + coder.b_dec + (0 if coder.W_skip is None else x @ coder.W_skip.T), z
+    """Return y_hat [N, d] and z [N, M]: the docstring's equations with dense tensors."""
+    read = y - coder.b_dec if coder.arch == "sae" else x
+    pre = read @ coder.W_enc.T + coder.b_enc  # [N, M]
+    largest = pre.topk(k).indices
+    kept = torch.zeros_like(pre).scatter(1, largest, 1)
+    z = (kept * pre).relu()
+    y_hat = z @ coder.W_dec + coder.b_dec
+    if coder.W_skip is not None:
+        y_hat = y_hat + x @ coder.W_skip.T
+    return y_hat, z
 
+
+# ---- Forward and backward -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [0, -2.5])
 @pytest.mark.parametrize("l1", [0, 0.1])
-@pytest.mark.parametrize("arch", ARCHS)
-def test_forward_and_gradients_equal_dense_autograd(arch, l1, device):
-    """Also of a penalty on acts, and of what the coder reads."""
+@EVERY_ARCH
+def test_forward_and_gradients_equal_dense_autograd(arch, l1, bias, device):
+    """Also of a penalty on acts, of what the coder reads, and where the ReLU cuts some of the k."""
     coder, x, y = make(arch, device)
-    names, inputs = zip(*coder.named_parameters(), ("x", x.requires_grad_()), ("y", y.requires_grad_()))
-    y_hat_dense, z = dense_forward(coder, x, y)
-    y_hat, acts, indices = coder(x, y)
-    torch.testing.assert_close(y_hat, y_hat_dense)
-    torch.testing.assert_close(torch.zeros_like(z).scatter(1, indices, acts), z)
-    losses = [(prediction - y).square().sum() + l1 * a.sum() for prediction, a in ((y_hat, acts), (y_hat_dense, z))]
-    gradients, expected = (torch.autograd.grad(loss, inputs, allow_unused=True) for loss in losses)
-    for name, gradient, dense_gradient in zip(names, gradients, expected):
-        torch.testing.assert_close(gradient, dense_gradient, msg=lambda message: f"{name}: {message}")
+    coder.b_enc.data += bias * coder.W_enc.norm(dim=1)
+    inputs = dict(coder.named_parameters())
+    inputs["x"] = x.requires_grad_()
+    inputs["y"] = y.requires_grad_()
 
-@pytest.mark.parametrize("M, k", [(40, 5), (17, 17), (96, 40), (1024, 32), (16, 1)])
-def test_topk_equals_that_of_torch(M, k, device):
-    for pre in (torch.randn(9, M, device=device), torch.randint(4, (9, M), device=device).bfloat16()):  # with ties, too
-        z, indices = topk(pre, k)
-        assert torch.equal(z.sort(1).values, pre.topk(k).values.sort(1).values)
-        assert torch.equal(pre.gather(1, indices), z)
-        assert all(len(set(row)) == k for row in indices.tolist())
+    # Ours, and the dense one.
+    y_hat, acts, indices = coder(x, y)
+    dense_y_hat, dense_z = dense_forward(coder, x, y)
+    cut = (dense_z > 0).sum(1) < k
+    assert cut.any() == (bias < 0), "the test needs tokens with fewer than k positive latents"
+
+    assert_close(y_hat, dense_y_hat)
+    z = torch.zeros_like(dense_z).scatter(1, indices, acts)
+    assert_close(z, dense_z)
+
+    # Gradients.
+    def gradients(y_hat, acts):
+        squared_error = (y_hat - y).square().sum()
+        loss = squared_error + l1 * acts.sum()
+        found = torch.autograd.grad(loss, inputs.values(), allow_unused=True)
+        return dict(zip(inputs, found))
+
+    ours, dense = gradients(y_hat, acts), gradients(dense_y_hat, dense_z)
+    for name in inputs:
+        assert_close(ours[name], dense[name], msg=lambda m: f"{name}: {m}")
+
+
+def test_acts_are_cut_at_zero(device):
+    """A latent among the k largest whose pre-activation is negative is not active."""
+    coder, x, y = make("transcoder", device)
+    coder.b_enc.data[:] = -1e3  # all pre-activations are negative
+    coder.b_enc.data[3] = 1e3  # but one
+    y_hat, acts, indices = coder(x, y)
+    assert (acts >= 0).all()
+    active = acts > 0
+    assert active.sum(1).unique().tolist() == [1]
+    assert indices[active].unique().tolist() == [3]
+    act = x @ coder.W_enc[3] + 1e3
+    assert_close(y_hat, act[:, None] * coder.W_dec[3] + coder.b_dec)
+
+
+SIZES = [(40, 5), (17, 17), (96, 40), (1024, 32), (16, 1)]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("M, k", SIZES)
+def test_the_encoder_equals_two_plain_lines(M, k, ties, device):
+    """Its values, its k different indices, and its gradients, also where values are tied."""
+    inputs = [torch.randn(9, d), torch.randn(M, d), torch.randn(M)]
+    if ties:
+        inputs = [a.round() for a in inputs]
+    read, W, b = (a.double().to(device).requires_grad_() for a in inputs)
+
+    # Values and indices.
+    pre, indices = TopKEncoder.apply(read, W, b, k)
+    dense = F.linear(read, W, b)
+    largest = dense.topk(k).values
+    assert_close(pre.sort(1).values, largest.sort(1).values)
+    assert_close(pre, dense.gather(1, indices))
+    for row in indices.tolist():
+        assert len(set(row)) == k
+
+    # Gradients: of the dense one at the same indices, since ties may fall either way.
+    weight = torch.randn_like(pre)
+    loss = (pre * weight).sum()
+    dense_loss = (dense.gather(1, indices) * weight).sum()
+    ours = torch.autograd.grad(loss, (read, W, b))
+    plain = torch.autograd.grad(dense_loss, (read, W, b))
+    assert_close(ours, plain)
+
+
+# ---- Start and training ---------------------------------------------------------------------
+
 
 def make_data(device, scale_x=1.0, scale_y=1.0):
-    """x, y [2000, d] that are not centred, where y is a smooth function of x."""
+    """Return x, y [2000, d] that are not centred, where y is a smooth function of x."""
     torch.manual_seed(0)
     x = torch.randn(2000, d, device=device)
-    y = torch.tanh(x @ torch.randn(d, d, device=device)) + 0.5
+    W = torch.randn(d, d, device=device)
+    y = torch.tanh(x @ W) + 0.5
     return (x + 3) * scale_x, y * scale_y
 
-@pytest.mark.parametrize("arch", ARCHS)
+
+@EVERY_ARCH
 def test_start(arch, device):
-    """Transcoders start as the constant mean of y (FVU 1), the autoencoder with W_dec = W_enc of unit rows."""
+    """Transcoders start as the mean of y (FVU 1), the SAE with W_dec = W_enc of unit rows."""
     x, y = make_data(device, 7, 5)
-    coder = Coder(arch, d, M, k).to(device)
-    Trainer(coder, x, y, 1e-3, 1000)
-    torch.testing.assert_close(coder.b_dec.data, y.mean(0))
-    torch.testing.assert_close(coder.W_enc.norm(dim=1), torch.ones(M, device=device))
+    coder = new_trainer(arch, x, y).coder
+    assert_close(coder.b_dec.data, y.mean(0))
+    lengths = coder.W_enc.norm(dim=1)
+    assert_close(lengths, torch.ones_like(lengths))
     if arch == "sae":
-        assert torch.equal(coder.W_dec, coder.W_enc) and not coder.b_enc.any()
+        assert torch.equal(coder.W_dec, coder.W_enc)
+        assert not coder.b_enc.any()
     else:
-        torch.testing.assert_close(coder.b_enc.data, -coder.W_enc.data @ x.mean(0))
-        torch.testing.assert_close(coder(x, y)[0], y.mean(0).expand_as(y))
-    assert torch.equal(coder.W_enc, Coder("sae", d, M, k).to(device).W_enc)  # one seed, one start
+        pre = F.linear(x, coder.W_enc, coder.b_enc)
+        assert pre.mean(0).abs().max() < 1e-4 * deviation(x)
+        assert coder.b_enc.any()
+        y_hat, _, _ = coder(x, y)
+        assert_close(y_hat, y.mean(0).expand_as(y))
+
+
+def test_a_seed_is_a_start():
+    """All architectures start with one W_enc. Another seed gives another."""
+    first = Coder("sae", d, M, k, seed=1).W_enc
+    for arch in ARCHS:
+        assert torch.equal(Coder(arch, d, M, k, seed=1).W_enc, first)
+        assert not torch.equal(Coder(arch, d, M, k, seed=2).W_enc, first)
+
 
 def test_training_lowers_the_loss_whatever_the_scale(device):
     reached = {}
     for scale in ((1, 1), (1000, 0.1)):
         x, y = make_data(device, *scale)
         for arch in ARCHS:
-            coder = Coder(arch, d, M, k).to(device)
-            trainer = Trainer(coder, x, y, 1e-2, dead_after=4000)
+            trainer = new_trainer(arch, x, y, dead_after=4000)
             for _ in range(150):
                 trainer.sums.zero_()
                 trainer.step(x, y, 1)
-            assert trainer.sums[1].item() == pytest.approx((y - y.mean(0)).square().sum().item())
-            reached[arch, scale] = (trainer.sums[0] / trainer.sums[1]).item()
-            assert reached[arch, scale] < 0.25
-            assert reached[arch, scale] == pytest.approx(reached[arch, (1, 1)], rel=0.05)
+            assert trainer.sums[1].item() == pytest.approx(variance(y))
+            fvu = reached[arch, scale] = trainer.pop_fvu()
+            at_scale_1 = reached[arch, (1, 1)]
+            assert fvu < 0.25
+            assert fvu == pytest.approx(at_scale_1, rel=0.05)
             if arch == "sae":
-                torch.testing.assert_close(coder.W_dec.data.norm(dim=1), torch.ones(M, device=device))
+                lengths = trainer.coder.W_dec.norm(dim=1)
+                assert_close(lengths, torch.ones_like(lengths))
         assert reached["skip_transcoder", scale] < reached["transcoder", scale]
 
-@pytest.mark.parametrize("arch", ARCHS)
+
+def test_pop_fvu_is_of_all_tokens_since_the_last_call(device):
+    """One ratio of sums, not a mean of ratios. With a rate of 0 nothing learns."""
+    x, y = make_data(device)
+    trainer = new_trainer("skip_transcoder", x, y, lr=0.0)
+    trainer.coder.W_skip.data.fill_(0.1)
+    parts = list(zip(x.split(300), y.split(300)))
+    for batches in (parts[:2], parts[2:3]):
+        error = total = 0
+        for x, y in batches:
+            y_hat, _ = dense_forward(trainer.coder, x, y)
+            error += (y - y_hat).square().sum().item()
+            total += variance(y)
+            trainer.step(x, y, 1)
+        assert trainer.pop_fvu() == pytest.approx(error / total, rel=1e-4)
+
+
+@EVERY_ARCH
+def test_a_step_is_lr_times_the_size_of_a_parameter(arch, device):
+    """Adam's first step moves every number by its rate, which is in the parameter's own units."""
+    x, y = make_data(device, 7, 5)
+    trainer = new_trainer(arch, x, y, lr=1e-3)
+    before = copy.deepcopy(trainer.coder)
+    trainer.step(x[:1000], y[:1000], 0.5)
+
+    s_x, s_y = deviation(x), deviation(y)
+    s_z = s_y if arch == "sae" else s_x
+    size = {
+        "W_enc": 1,
+        "b_enc": s_z,
+        "W_dec": s_y / s_z,
+        "b_dec": s_y,
+        "W_skip": s_y / s_x,
+    }
+    assert trainer.s_z == pytest.approx(s_z, rel=1e-4)
+    for name, p in trainer.coder.named_parameters():
+        if arch == "sae" and name == "W_dec":
+            continue  # its rows are brought back to length 1
+        moved = (p - before.get_parameter(name)).abs()
+        moved = moved[moved > 0]
+        if len(moved) == 0:  # W_enc's gradient is 0 while W_dec is
+            assert arch != "sae" and name in ("W_enc", "b_enc")
+            continue
+        # The median: a number whose gradient is tiny moves less.
+        rate = 1e-3 * 0.5 * size[name]
+        assert moved.median().item() == pytest.approx(rate, rel=1e-2)
+
+
+def test_the_autoencoder_steps_along_the_sphere(device):
+    x, y = torch.randn(2, 64, d, device=device)
+    trainer = new_trainer("sae", x, y)
+    W = trainer.coder.W_dec.detach().clone()
+    trainer.step(x, y, 1)
+    gradient = trainer.coder.W_dec.grad
+    radial = (gradient * W).sum(1).abs()
+    length = gradient.norm(dim=1)
+    assert radial.max() < 1e-4 * length.max()
+
+
+# ---- Dead latents ---------------------------------------------------------------------------
+
+
+@EVERY_ARCH
 def test_silence_is_counted_in_tokens(arch, device):
     x, y = make_data(device)
-    trainer = Trainer(coder := Coder(arch, d, M, k).to(device), x, y, 1e-2, dead_after=1e9)
+    trainer = new_trainer(arch, x, y)
     expected = torch.zeros(M, dtype=torch.int64, device=device)
-    for part in torch.arange(2000, device=device).split(20)[:30]:
-        _, z = dense_forward(coder, x[part], y[part])
-        expected = torch.where((z > 0).any(0), 0, expected + 20)
-        trainer.step(x[part], y[part], 1)
+    batches = list(zip(x.split(20), y.split(20)))
+    for x, y in batches[:30]:
+        _, z = dense_forward(trainer.coder, x, y)
+        fired = (z > 0).any(0)
+        expected = torch.where(fired, 0, expected + 20)
+        trainer.step(x, y, 1)
         assert torch.equal(trainer.silent, expected)
     assert expected.any()
 
-@pytest.mark.parametrize("arch", ARCHS)
+
+@EVERY_ARCH
 def test_a_dead_latent_has_its_bias_raised_until_it_fires(arch, device):
-    """By WAKE s_z lr_factor a step, once it was silent for `dead_after` tokens; nothing else moves, as lr is 0."""
+    """By WAKE s_z lr_factor a step, once it was silent for `dead_after` tokens.
+
+    Nothing else moves, as lr is 0.
+    """
     x, y = make_data(device, 3, 0.2)
-    trainer = Trainer(coder := Coder(arch, d, M, k).to(device), x, y, 0.0, dead_after=4000)
-    read, dead = y if arch == "sae" else x, 7
-    s_z = (read - read.mean(0)).square().mean().sqrt().item()
-    coder.b_enc.data[dead] -= 10 * s_z
-    start = coder.b_enc.data.clone()
-    for _ in range(12):  # two steps of silence, ten of rising
+    trainer = new_trainer(arch, x, y, 0.0, dead_after=4000)
+    s_z = deviation(y if arch == "sae" else x)
+    b_enc, dead = trainer.coder.b_enc.data, 7
+    b_enc[dead] -= 10 * s_z
+    start = b_enc.clone()
+
+    # Two steps of silence, then ten of rising.
+    for _ in range(12):
         trainer.step(x, y, 0.5)
-    gain = coder.b_enc.data - start
-    assert gain[dead].item() == pytest.approx(10 * WAKE * s_z * 0.5, rel=1e-3)
-    assert not gain[trainer.silent == 0].any() and (trainer.silent == 0).any()
+    gain = b_enc - start
+    expected = 10 * WAKE * s_z * 0.5
+    assert gain[dead].item() == pytest.approx(expected, rel=1e-3)
+    alive = trainer.silent == 0
+    assert alive.any() and not gain[alive].any()
+    assert torch.equal(trainer.dead(), trainer.silent >= 4000)
+
+    # On until it fires, and no further.
     steps = 0
     while trainer.silent[dead] > 0:
         trainer.step(x, y, 1)
         steps += 1
         assert steps < 400
-    fired = coder.b_enc[dead].item()
+    fired_at = b_enc[dead].item()
+    assert fired_at > start[dead].item()
     trainer.step(x, y, 1)
-    assert coder.b_enc[dead].item() == fired > start[dead].item()
-
-def test_the_autoencoder_steps_along_the_sphere(device):
-    x, y = torch.randn(2, 64, d, device=device)
-    trainer = Trainer(Coder("sae", d, M, k).to(device), x, y, 1e-2, 1e9)
-    W = trainer.coder.W_dec.detach().clone()
-    trainer.step(x, y, 1)
-    assert (trainer.coder.W_dec.grad * W).sum(1).abs().max() < 1e-4 * trainer.coder.W_dec.grad.norm(dim=1).max()
+    assert b_enc[dead].item() == fired_at

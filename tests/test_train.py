@@ -16,12 +16,20 @@ from safetensors.torch import load_file
 import skipcoder
 from skipcoder import ARCHS, MLPActivations, find_mlp, load_run
 
+
 def contents(folder) -> dict:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "log.jsonl"}
+    return {
+        path: path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "log.jsonl"
+    }
+
 
 def test_run_directory(trained):
     config = json.loads((trained / "config.json").read_text())
-    assert config["hookpoint"] == "h.1.mlp" and config["arch"] == list(ARCHS) and config["seed"] == 0
+    assert (
+        config["hookpoint"] == "h.1.mlp" and config["arch"] == list(ARCHS) and config["seed"] == 0
+    )
     assert config["num_latents"] == 256 and config["d"] == 32 and config["tokens_trained"] >= 30_000
     assert set(config["versions"]) == {"torch", "transformers", "datasets"}
     log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
@@ -32,24 +40,47 @@ def test_run_directory(trained):
     for arch, coder in load_run(trained)[1].items():
         p, cfg = (trained / arch / "h.1.mlp" / name for name in ("sae.safetensors", "cfg.json"))
         p, cfg = load_file(p), json.loads(cfg.read_text())
-        shapes = {"encoder.weight": (256, 32), "encoder.bias": (256,), "W_dec": (256, 32), "b_dec": (32,)}
+        shapes = {
+            "encoder.weight": (256, 32),
+            "encoder.bias": (256,),
+            "W_dec": (256, 32),
+            "b_dec": (32,),
+        }
         shapes |= {"W_skip": (32, 32)} if arch == "skip_transcoder" else {}
         assert {name: tuple(tensor.shape) for name, tensor in p.items()} == shapes
         assert cfg == {
             "activation": "topk", "expansion_factor": 8, "normalize_decoder": arch == "sae", "num_latents": 256, "k": 4,
             "multi_topk": False, "skip_connection": arch == "skip_transcoder", "transcode": arch != "sae", "d_in": 32,
         }  # fmt: skip
-        assert all(torch.equal(parameter, p[name]) for name, parameter in zip(shapes, coder.parameters()))
+        assert all(
+            torch.equal(parameter, p[name]) for name, parameter in zip(shapes, coder.parameters())
+        )
         assert (p["W_dec"].norm(dim=1) - 1).abs().max() < 1e-5 or arch != "sae"
+
 
 def test_what_is_printed(tiny, tmp_path):
     done = run("skipcoder.py", *flags(tiny, tmp_path / "run"))
     assert done.returncode == 0, done.stderr
-    words = "sae, transcoder, skip_transcoder", "M 256", "k 4", "h.1.mlp", str(tiny), "cpu x 1", "6,448", "lr 0.0"
+    words = (
+        "sae, transcoder, skip_transcoder",
+        "M 256",
+        "k 4",
+        "h.1.mlp",
+        str(tiny),
+        "cpu x 1",
+        "6,448",
+        "lr 0.0",
+    )
     assert all(word in done.stdout for word in words), done.stdout
-    assert done.stdout.splitlines()[-1] == f"done after 6,448 tokens; next: python eval.py {tmp_path / 'run'}"
+    assert (
+        done.stdout.splitlines()[-1]
+        == f"done after 6,448 tokens; next: python eval.py {tmp_path / 'run'}"
+    )
     last = done.stderr.replace("\r", "\n").strip().splitlines()[-1]
-    assert "tok/s" in last and all(arch in last for arch in ARCHS) and "FVU" in last and "dead" in last
+    assert (
+        "tok/s" in last and all(arch in last for arch in ARCHS) and "FVU" in last and "dead" in last
+    )
+
 
 def test_a_coder_does_not_depend_on_its_neighbours(tiny, tmp_path):
     """The same seed and data give the same weights, whichever coders are trained beside it; another seed, others."""
@@ -63,6 +94,7 @@ def test_a_coder_does_not_depend_on_its_neighbours(tiny, tmp_path):
         assert torch.equal(alone[name], beside[name]), name
     assert not torch.equal(alone["W_dec"], other["W_dec"])
 
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_signals_save_what_there_is(tiny, tmp_path, number):
     """Sent to every process of the group, as a terminal does; after SIGKILL, which none survives, files are whole."""
@@ -71,7 +103,9 @@ def test_signals_save_what_there_is(tiny, tmp_path, number):
     command = [sys.executable, "-c", code, *flags(tiny, out, "--tokens", "1e9")]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command, **pipes, env=ALONE, cwd=ROOT, start_new_session=True)
-    while not all((out / name).exists() for name in ("config.json", "skip_transcoder/h.1.mlp/sae.safetensors")):
+    while not all(
+        (out / name).exists() for name in ("config.json", "skip_transcoder/h.1.mlp/sae.safetensors")
+    ):
         assert time.time() < deadline and process.poll() is None, "training did not start"
         time.sleep(0.05)
     time.sleep(0.31)  # several saves later
@@ -85,13 +119,25 @@ def test_signals_save_what_there_is(tiny, tmp_path, number):
         last = f"stopped after {config['tokens_trained']:,} tokens; next: python eval.py {out}"
         assert stdout.splitlines()[-1] == last and not list(out.rglob("*.tmp"))
 
+
 def test_a_first_save_that_is_cut_short_leaves_no_broken_run(tmp_path, monkeypatch):
     """Killed between two of its renames: config.json, which makes a folder a run, comes last."""
-    config = dict(out=tmp_path / "run", hookpoint="h.1.mlp", expansion=2, num_latents=16, d=8, k=4, arch=["sae"])
+    config = dict(
+        out=tmp_path / "run",
+        hookpoint="h.1.mlp",
+        expansion=2,
+        num_latents=16,
+        d=8,
+        k=4,
+        arch=["sae"],
+    )
     replace, renamed = skipcoder.Path.replace, []
-    monkeypatch.setattr(skipcoder.Path, "replace", lambda path, to: (renamed.append(to.name), replace(path, to)))
+    monkeypatch.setattr(
+        skipcoder.Path, "replace", lambda path, to: (renamed.append(to.name), replace(path, to))
+    )
     skipcoder.save_run(config, {"sae": skipcoder.Coder("sae", 8, 16, 4)})
     assert renamed[-1] == "config.json", renamed
+
 
 def test_a_full_disk_loses_nothing(trained, tiny, tmp_path, capfd):
     """A limit on the size of a file stands in for it: one line, and the run that was there is there as it was."""
@@ -103,8 +149,13 @@ def test_a_full_disk_loses_nothing(trained, tiny, tmp_path, capfd):
         message = run_here(skipcoder, *flags(tiny, out, "--overwrite"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert message.startswith(f"error: --out {out}: ") and "make room" in message and "\n" not in message
+    assert (
+        message.startswith(f"error: --out {out}: ")
+        and "make room" in message
+        and "\n" not in message
+    )
     assert before == contents(out)
+
 
 def test_an_existing_run_is_replaced_only_when_told_to_and_by_a_finite_one(trained, tiny, tmp_path):
     out = shutil.copytree(trained, tmp_path / "run")
@@ -119,12 +170,15 @@ def test_an_existing_run_is_replaced_only_when_told_to_and_by_a_finite_one(train
     config, coders = load_run(out)
     assert config["seed"] == 3 and set(coders) == {"sae"} and other.read_text() == "{}"
 
+
 def test_several_k_are_several_runs_in_one(tiny, tmp_path):
     """Bit for bit, from one stream; sorted, each in the folder of its name."""
     for out, ks in {"both": (8, 2), "two": (2,), "eight": (8,)}.items():
         assert run_here(skipcoder, *flags(tiny, tmp_path / out, "--k", *ks)) == 0
     config, both = load_run(tmp_path / "both")
-    assert config["k"] == [8, 2] and list(both) == [f"{arch}-k{k}" for arch in ARCHS for k in (2, 8)]
+    assert config["k"] == [8, 2] and list(both) == [
+        f"{arch}-k{k}" for arch in ARCHS for k in (2, 8)
+    ]
     last = json.loads((tmp_path / "both/log.jsonl").read_text().splitlines()[-1])
     for k, out in ((2, "two"), (8, "eight")):
         config, alone = load_run(tmp_path / out)
@@ -138,13 +192,20 @@ def test_several_k_are_several_runs_in_one(tiny, tmp_path):
             for p, q in zip(both[name].parameters(), alone[arch].parameters()):
                 assert torch.equal(p, q)
 
-SIZES = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2)
+
+SIZES = dict(
+    vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2
+)
 FAMILIES = {
     "gpt2": (transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=3, n_head=2), "h.1.mlp"),
     "neox": (transformers.GPTNeoXConfig(**SIZES), "layers.1.mlp"),
     "llama": (transformers.LlamaConfig(**SIZES, num_key_value_heads=2), "layers.1.mlp"),
-    "gemma": (transformers.Gemma2Config(**SIZES, num_key_value_heads=1, head_dim=8), "layers.1.mlp"),
+    "gemma": (
+        transformers.Gemma2Config(**SIZES, num_key_value_heads=1, head_dim=8),
+        "layers.1.mlp",
+    ),
 }
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_model_families(family, tmp_path, device):
@@ -153,7 +214,9 @@ def test_model_families(family, tmp_path, device):
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval().to(device)
     tokens, seen, ran = torch.randint(64, (3, 12), device=device), {}, []
-    find_mlp(whole, 1)[2].register_forward_hook(lambda module, args, output: seen.update(x=args[0], y=output))
+    find_mlp(whole, 1)[2].register_forward_hook(
+        lambda module, args, output: seen.update(x=args[0], y=output)
+    )
     with torch.no_grad():
         whole(tokens)
 
@@ -168,6 +231,7 @@ def test_model_families(family, tmp_path, device):
     torch.testing.assert_close(x, seen["x"][:, 1:].reshape(-1, 16))
     torch.testing.assert_close(y, seen["y"][:, 1:].reshape(-1, 16))
 
+
 def test_outliers_are_replaced_by_the_token_before_them(tiny, device):
     """Of tokens with |y| over ten times the median of the first call; the threshold stays as it is, and is saved."""
     lm = skipcoder.load_lm(str(tiny), device)
@@ -175,7 +239,9 @@ def test_outliers_are_replaced_by_the_token_before_them(tiny, device):
     mlp.register_forward_hook(lambda module, args, output: output * factor)
     tokens = torch.randint(300, (3, 12), device=device)
     x, y = MLPActivations(lm, mlp)(tokens)
-    factor[0, 1:3] = factor[1, 5] = factor[1, 6] = factor[2, 3] = 1000  # the first two of all, and three more
+    factor[0, 1:3] = factor[1, 5] = factor[1, 6] = factor[2, 3] = (
+        1000  # the first two of all, and three more
+    )
     activations, index = MLPActivations(lm, mlp), torch.arange(33, device=device)
     index[:2], index[15:17], index[24] = 2, 14, 23
     for scale in (1, 2):
@@ -184,7 +250,10 @@ def test_outliers_are_replaced_by_the_token_before_them(tiny, device):
             assert torch.equal(a, whole[index])
         norms = y.norm(dim=1) * factor[:, 1:].flatten() / scale
         assert activations.max_norm == pytest.approx(10 * norms.median().item())
-    assert torch.equal(MLPActivations(lm, mlp, activations.max_norm * 1e6)(tokens)[0], x)  # a threshold that is given
+    assert torch.equal(
+        MLPActivations(lm, mlp, activations.max_norm * 1e6)(tokens)[0], x
+    )  # a threshold that is given
+
 
 def test_mlps_that_cannot_be_coded(device):
     """BLOOM's MLP adds the residual stream to its output, and a mixture of experts has no neurons of its own."""
@@ -196,6 +265,7 @@ def test_mlps_that_cannot_be_coded(device):
     bloom = transformers.AutoModelForCausalLM.from_config(bloom).to(device)
     with pytest.raises(SystemExit, match="error: --model: BloomMLP takes 2 inputs, not one"):
         MLPActivations(bloom, find_mlp(bloom, 1)[2])(torch.randint(64, (2, 12), device=device))
+
 
 def test_two_processes(tiny, tmp_path):
     """Under torchrun both ranks have the same coders, and a step is Adam's on the sum of both halves' gradients."""
