@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
@@ -53,7 +53,16 @@ TRIALS = 10  # intruder trials per latent
 FIFTHS = 5  # quantiles of a latent's activations that the trials are spread over
 SHOWN = 4  # contexts of a trial on which the latent is active; one more is the intruder
 # What the report repeats of config.json.
-IN_REPORT = "model hookpoint layer seed dataset tokens tokens_trained versions".split()
+IN_REPORT = (
+    "model",
+    "hookpoint",
+    "layer",
+    "seed",
+    "dataset",
+    "tokens",
+    "tokens_trained",
+    "versions",
+)
 MIN_ACTIVE = 40  # tokens on which a latent must be active to be scored: 8 in each fifth
 
 # ---- The LM, with and without something in the MLP's place ----------------------------------
@@ -62,7 +71,7 @@ MIN_ACTIVE = 40  # tokens on which a latent must be active to be scored: 8 in ea
 class PatchedLM:
     """The LM with hooks on one MLP. A call leaves x, y, neurons and hidden, [rows, T, width]."""
 
-    def __init__(self, lm: nn.Module, layer: int):
+    def __init__(self, lm, layer):
         self.lm = lm
         mlp = skipcoder.find_mlp(lm, layer)[2]
         mlp.register_forward_hook(self.at_mlp)
@@ -88,7 +97,7 @@ class PatchedLM:
         return F.linear(hidden[:, self.positions].float(), self.weight, self.bias)
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor, y_hat: Tensor | None = None, logits: bool = True) -> Tensor:
+    def __call__(self, tokens, y_hat=None, logits=True):
         """Return log p of the tokens from position 2 on, [rows, T - 2, vocabulary].
 
         With y_hat [rows, T, d] in place of the MLP's output. Without `logits` of no token.
@@ -107,30 +116,23 @@ class Moments:
     def __init__(self):
         self.number, self.total, self.squares = 0, 0, 0
 
-    def add(self, vectors: Tensor):
+    def add(self, vectors):
         """vectors [n, d], in float32 on any device."""
         self.number += len(vectors)
         self.total = self.total + vectors.sum(0).cpu().double()
         self.squares += vectors.square().sum().item()
 
-    def __add__(self, other):
-        both = Moments()
-        both.number = self.number + other.number
-        both.total = self.total + other.total
-        both.squares = self.squares + other.squares
-        return both
-
-    def variance(self) -> float:
+    def variance(self):
         """Return sum |v - mean(v)|^2."""
         return self.squares - self.total.square().sum().item() / self.number
 
 
-def standard_error(values: Tensor) -> float:
+def standard_error(values):
     """Return the standard error of the mean of independent values [n]."""
     return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else 0.0
 
 
-def mean_and_error(values: Tensor, counted: Tensor) -> tuple[float, float]:
+def mean_and_error(values, counted):
     """Return the mean of the counted values, and its standard error, which is over rows.
 
     values [rows, n]; counted [rows, n] is bool. Tokens of a row depend on one another.
@@ -143,14 +145,14 @@ def mean_and_error(values: Tensor, counted: Tensor) -> tuple[float, float]:
 # ---- First stage: baselines from training text ----------------------------------------------
 
 
-def counted_tokens(y: Tensor, max_norm: float) -> Tensor:
+def counted_tokens(y, max_norm):
     """Return which tokens of y [rows, T, d] count: bool [rows, T]."""
     counted = y.norm(dim=-1) <= max_norm
     counted[:, 0] = False
     return counted
 
 
-def fit_affine(patched: PatchedLM, batches, max_norm: float, device) -> tuple[Tensor, ...]:
+def fit_affine(patched, batches, max_norm, device):
     """Return the best affine map from x to y, and the means of x and y.
 
     It is the least-squares solution A [d, d], b [d] of y = x A + b over all counted tokens. The
@@ -186,20 +188,20 @@ class Sample:
         self.active = defaultdict(list)  # by coder: see `active_entries`
         self.predicting = []  # [rows, T - 2]: which predictions count
         self.ce, self.kl = defaultdict(list), defaultdict(list)  # [rows, T - 2]
-        # Of counted tokens, and of outliers: y, and y - y_hat by the name of what gave y_hat.
-        self.y, self.errors = Moments(), defaultdict(Moments)
-        self.y_outliers, self.errors_outliers = Moments(), defaultdict(Moments)
+        self.y, self.y_all = Moments(), Moments()  # of counted tokens; of these and outliers
+        # Errors y - y_hat, by the name of what gave y_hat.
+        self.errors, self.errors_outliers = defaultdict(Moments), defaultdict(Moments)
         self.errors_alone = defaultdict(Moments)  # by (skip transcoder, "latents" or "skip")
 
 
-def active_entries(acts: Tensor, indices: Tensor, first_token: int) -> tuple[Tensor, ...]:
+def active_entries(acts, indices, first_token):
     """Return the active entries of acts, indices [n, k] as token, latent and act, [m] each."""
     token, slot = (acts > 0).nonzero(as_tuple=True)
     entries = token + first_token, indices[token, slot], acts[token, slot].float()
     return tuple(entry.cpu() for entry in entries)
 
 
-def read_held_out(patched: PatchedLM, batches, coders: dict, baselines: dict, max_norm) -> Sample:
+def read_held_out(patched, batches, coders, baselines, max_norm):
     """Run the LM, the coders and the baselines on held-out text, and collect what they give."""
     sample, untrained = Sample(), baselines["untrained"]
     A, b, y_mean = baselines["A"], baselines["b"], baselines["y_mean"]
@@ -237,6 +239,7 @@ def read_held_out(patched: PatchedLM, batches, coders: dict, baselines: dict, ma
 
         # Errors. Taking y_mean from y changes no variance, and keeps the digits of the sums.
         sample.y.add(y - y_mean)
+        sample.y_all.add(y - y_mean)
         for name, y_hat in y_hats.items():
             sample.errors[name].add(y - y_hat)
         for name, coder in coders.items():
@@ -248,7 +251,7 @@ def read_held_out(patched: PatchedLM, batches, coders: dict, baselines: dict, ma
         outlier[:, 0] = False
         if outlier.any():
             x_out, y_out = x_rows[outlier], y_rows[outlier]
-            sample.y_outliers.add(y_out - y_mean)
+            sample.y_all.add(y_out - y_mean)
             for name, y_hat in predict(x_out, y_out)[1].items():
                 sample.errors_outliers[name].add(y_out - y_hat)
 
@@ -266,7 +269,7 @@ def read_held_out(patched: PatchedLM, batches, coders: dict, baselines: dict, ma
     return sample
 
 
-def losses(sample: Sample, name: str) -> dict[str, float]:
+def losses(sample, name):
     """Return the numbers of the report on what stood in the MLP's place."""
     counted = torch.cat(sample.predicting)
     ce, clean, mean = (torch.cat(sample.ce[key]) for key in (name, "clean", "mean"))
@@ -276,7 +279,7 @@ def losses(sample: Sample, name: str) -> dict[str, float]:
     error, error_outliers = sample.errors[name].squares, sample.errors_outliers[name].squares
     return {
         "fvu": error / sample.y.variance(),
-        "fvu_all": (error + error_outliers) / (sample.y + sample.y_outliers).variance(),
+        "fvu_all": (error + error_outliers) / sample.y_all.variance(),
         "ce": mean_and_error(ce, counted)[0],
         "ce_increase": increase,
         "ce_increase_se": increase_se,
@@ -292,7 +295,7 @@ def losses(sample: Sample, name: str) -> dict[str, float]:
 class Latents:
     """The active entries of one coder, sorted by latent and then by act, largest first."""
 
-    def __init__(self, entries: list[tuple[Tensor, ...]], num_latents: int, num_tokens: int):
+    def __init__(self, entries, num_latents, num_tokens):
         """entries: see `active_entries`, one for each batch."""
         token, latent, act = (torch.cat(parts) for parts in zip(*entries))  # [m] each
         order = act.argsort(descending=True, stable=True)
@@ -302,14 +305,14 @@ class Latents:
         self.tokens = token[order].split(self.count.tolist())  # M tensors
         self.acts = act[order].split(self.count.tolist())
 
-    def draw(self, wanted: int, generator) -> list[int]:
+    def draw(self, wanted, generator):
         """Draw latents that can be scored: active on enough tokens, and silent on some."""
         drawn = torch.randperm(len(self.count), generator=generator)
         can_be_scored = (self.count[drawn] >= MIN_ACTIVE) & (self.density[drawn] < 1)
         return drawn[can_be_scored][:wanted].tolist()
 
 
-def intruder_trials(tokens_of_latents: list[Tensor], num_tokens: int, generator) -> Tensor:
+def intruder_trials(tokens_of_latents, num_tokens, generator):
     """Return the tokens of all trials, int [latents, 10, 5]; the last of the five is the intruder.
 
     Intruder detection (Paulo & Belrose 2025, arXiv 2507.08473) without an explanation. If a latent
@@ -328,7 +331,7 @@ def intruder_trials(tokens_of_latents: list[Tensor], num_tokens: int, generator)
     return trials
 
 
-def intruder_found(trials: Tensor, hidden: Tensor, mean: Tensor) -> Tensor:
+def intruder_found(trials, hidden, mean):
     """Return whether the intruder was found in each trial: bool [latents, 10]. Chance is 1/5.
 
     The judge is the LM under study. A token stands for its context by the LM's last hidden state
@@ -340,12 +343,12 @@ def intruder_found(trials: Tensor, hidden: Tensor, mean: Tensor) -> Tensor:
     return similarity.sum(-1).argmin(-1) == SHOWN
 
 
-def summary(found: Tensor) -> dict:
+def summary(found):
     """Return the score and its spread from bool [latents, 10]; None for fewer than two latents."""
     scores = found.double().mean(1)  # [latents]
     if len(scores) < 2:
-        keys = "intruder intruder_se intruder_sd intruder_by_quantile intruder_histogram".split()
-        return dict.fromkeys(keys) | {"latents_scored": len(scores)}
+        keys = "intruder", "intruder_se", "intruder_sd", "intruder_by_quantile"
+        return dict.fromkeys([*keys, "intruder_histogram"]) | {"latents_scored": len(scores)}
     right = found.sum(1)  # [latents], from 0 to 10
     return {
         "intruder": scores.mean().item(),
@@ -357,14 +360,22 @@ def summary(found: Tensor) -> dict:
     }
 
 
+def final_norm(lm):
+    """Return the norm that stands beside the list of blocks; GPT-1 has none."""
+    for module in lm.get_decoder().modules():
+        parts = list(module.children())
+        if any(isinstance(part, nn.ModuleList) for part in parts):
+            norms = [part for part in parts if "Norm" in type(part).__name__]
+            return norms[-1] if norms else nn.Identity()
+
+
 @torch.no_grad()
-def promoted(lm: nn.Module, W: Tensor) -> Tensor:
+def promoted(lm, W):
     """Return the five tokens [n, 5] that directions W [n, d] promote most.
 
     That is, through the weights of the final norm and of the LM head.
     """
-    norm = [m for m in lm.get_decoder().children() if "Norm" in type(m).__name__][-1]
-    head = lm.get_output_embeddings().weight
+    norm, head = final_norm(lm), lm.get_output_embeddings().weight
     W = W.to(head.dtype)
     return ((norm(W) - norm(torch.zeros_like(W))) @ head.T).topk(5).indices
 
@@ -372,7 +383,7 @@ def promoted(lm: nn.Module, W: Tensor) -> Tensor:
 # ---- All stages -----------------------------------------------------------------------------
 
 
-def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]:
+def evaluate(config, coders, args):
     """Return the report and, for the page, the tokens read, where they count, and the latents."""
     device, ctx_len, max_norm = args.device, config["ctx_len"], config.get("max_norm", math.inf)
     d, M = coders[next(iter(coders))].W_dec.shape[::-1]
@@ -424,7 +435,6 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
     run = {key: config.get(key) for key in IN_REPORT}
     run |= {"num_latents": M, "tokens_asked_for": args.tokens, "baselines_k": k}
     run["k"] = sorted({coder.k for coder in coders.values()})
-    all_y = sample.y + sample.y_outliers
     report = {
         "tokens": n,
         "run": run,
@@ -432,8 +442,8 @@ def evaluate(config: dict, coders: dict[str, Coder], args) -> tuple[dict, tuple]
         "mean_ablated_ce": losses(sample, "mean")["ce"],
         "zero_ablated_ce": losses(sample, "zero")["ce"],
         "outliers": {
-            "tokens": 1 - n / all_y.number,
-            "variance": 1 - sample.y.variance() / all_y.variance(),
+            "tokens": 1 - n / sample.y_all.number,
+            "variance": 1 - sample.y.variance() / sample.y_all.variance(),
         },
         "coders": {},
         "baselines": {"affine": losses(sample, "affine")},
@@ -478,7 +488,7 @@ LOSSES = list(COLUMNS)[:6]
 SCORES = list(COLUMNS)[6:]
 
 
-def table(report: dict, keys=tuple(COLUMNS)) -> list[list[str]]:
+def table(report, keys=tuple(COLUMNS)):
     """Return a header and rows of cells, for those that have one of the numbers `keys`."""
     cells = [["", *(COLUMNS[key][0] for key in keys)]]
     for name, row in (report["coders"] | report["baselines"]).items():
@@ -492,7 +502,7 @@ def table(report: dict, keys=tuple(COLUMNS)) -> list[list[str]]:
     return cells
 
 
-def markdown(cells: list[list[str]]) -> str:
+def markdown(cells):
     """Return a table of cells as text, the first column to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = []
@@ -505,7 +515,7 @@ def markdown(cells: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def score_line(report: dict, arch: str) -> tuple[np.ndarray, ...]:
+def score_line(report, arch):
     """Return log CE increase, intruder score and its error for the k of an architecture, sorted."""
     rows = [row for row in report["coders"].values() if row["arch"] == arch]
     rows = [row for row in rows if row["intruder"] is not None and row["ce_increase"] > 0]
@@ -513,7 +523,7 @@ def score_line(report: dict, arch: str) -> tuple[np.ndarray, ...]:
     return tuple(np.array(points).reshape(-1, 3).T)
 
 
-def compare(report: dict, above: str, below: str) -> list[str]:
+def compare(report, above, below):
     """Return a sentence on the scores of two architectures at equal CE increase.
 
     It gives their mean difference over log CE increase, where the lines through all k overlap.
@@ -535,27 +545,29 @@ def compare(report: dict, above: str, below: str) -> list[str]:
     word = "above" if difference > 0 else "below"
     if abs(difference) < 2 * error:
         word = "no different from"
-    return [
-        f"At equal CE increase, from {math.exp(low):.2g} to {math.exp(high):.2g} nats, the score"
-        f" of {above} is {word} that of {below}: {difference:+.3f} ± {error:.3f}."
-    ]
+    where = f"At equal CE increase, from {math.exp(low):.2g} to {math.exp(high):.2g} nats"
+    return [f"{where}, {above} scores {word} {below}: {difference:+.3f} ± {error:.3f}."]
 
 
-def remarks(report: dict) -> list[str]:
+HOW_TO_READ = """\
+Lower is better for FVU (1: no better than the mean), CE increase and KL (nats per token). Higher
+is better for recovered (CE; 0%: the mean) and for the intruder score (chance is 0.2: null should
+be within 3 errors of it). ± is one standard error, over rows of text or over latents."""
+
+
+def remarks(report):
     """Return what was evaluated, on what, how to read the tables, and what is missing."""
     run, rows = report["run"], report["coders"] | report["baselines"]
     about = f"{run['hookpoint']} of {run['model']}: M {run['num_latents']:,}, k {run['k']}"
     if run["tokens_trained"]:
         about += f", seed {run['seed']}, {run['tokens_trained']:,} tokens of {run['dataset']}"
+    where = f"{report['tokens']:,} held-out tokens. Cross-entropy is {report['clean_ce']:.4f} nats"
+    where += f" per token, {report['mean_ablated_ce']:.4f} with the mean of y in the MLP's place,"
+    where += f" and {report['zero_ablated_ce']:.4f} with zero."
     lines = [
         about + ".",
-        f"{report['tokens']:,} held-out tokens. Cross-entropy is {report['clean_ce']:.4f} nats per"
-        f" token, {report['mean_ablated_ce']:.4f} with the mean of y in the MLP's place, and"
-        f" {report['zero_ablated_ce']:.4f} with zero.",
-        "Lower is better for FVU (1: no better than the mean), CE increase and KL (nats per token);"
-        " higher is better for CE recovered (0%: the mean) and the intruder score (chance is 0.2:"
-        " null should be within 3 errors of it). ± is one standard error, over rows of text or"
-        f" over latents. The baselines of the score have k {run['baselines_k']}.",
+        where,
+        HOW_TO_READ + f" The baselines of the score have k {run['baselines_k']}.",
     ]
     lines += compare(report, "transcoder", "sae") + compare(report, "skip_transcoder", "transcoder")
     for name, row in rows.items():
@@ -631,211 +643,462 @@ def main():
         print(f"next: python eval.py {args.run} --html page.html shows the latents")
 
 
-# ---- Pictures and the page: from here on nothing is measured --------------------------------------------------------
-# of the architectures: a colour that the colour-blind can tell from the others, a marker, and where beside it k stands
-LOOKS = [
-    ("#d55e00", "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z", 7, -6, "start"),
-    ("#0080c6", "M-4-4h8v8h-8z", 7, 14, "start"),
-    ("#009e73", "M0-5l5 9h-10z", -7, -6, "end"),
-]
-SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 440 285" fill="currentColor">
-<style>svg { color: #1b1b1f; background: #fdfdfc } text { font: 12px system-ui, sans-serif; stroke: none }
-@media (prefers-color-scheme: dark) { svg { color: #e6e6ea; background: #16161a } }</style>"""
+# ---- Pictures and the page: from here on nothing is measured -------------------------------
+# The shapes of markers, 10 pixels wide.
+MARKERS = {
+    "circle": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
+    "square": "M-4-4h8v8h-8z",
+    "triangle": "M0-5l5 9h-10z",
+    "diamond": "M0-6l5 6l-5 6l-5-6z",
+}
+
+# The names of the axes.
+AXES = {
+    "ce_increase": "CE increase, nats/token (← better)",
+    "kl": "KL, nats/token (← better)",
+    "l0": "L0, active latents per token (← sparser)",
+    "fvu": "FVU (↓ better)",
+    "intruder": "intruder score (↑ better)",
+}
+
+# A picture is 440 pixels wide. These are the edges of its plot: baselines have their names beside.
+LEFT, RIGHT, BOTTOM = 46, 368, 282
+SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 440 326" width="440" height="326"
+role="img" fill="currentColor"><style>
+svg { color: #1b1b1f; background: #fdfdfc }
+svg .faint { color: #62626c; stroke: currentColor; stroke-dasharray: 5 4 }
+svg .k text { stroke: #fdfdfc; stroke-width: 3px; paint-order: stroke }
+text { font: 14px system-ui, sans-serif; stroke: none; fill: currentColor }
+@media (prefers-color-scheme: dark) {
+  svg { color: #e6e6ea; background: #16161a }
+  svg .faint { color: #a0a0ac }
+  svg .k text { stroke: #16161a }
+}</style>"""
 
 
-def axis(numbers: list[float], start: int, end: int):
-    """Where a number lies between the pixels start and end, and round numbers to mark; a log scale from factor 6 on."""
-    log = 0 < 6 * min(numbers) < max(numbers)
-    f = math.log10 if log else float
-    low, high = f(min(numbers)), f(max(numbers))
-    margin = 0.08 * (high - low) or 0.1
+def svg_text(x, y, words, anchor="start"):
+    """A text whose middle has the height y."""
+    return f'<text x="{x}" y="{y}" dy=".35em" text-anchor="{anchor}">{words}</text>'
+
+
+def axis(numbers, start, end):
+    """Where a number lies between the pixels start and end, and round numbers to mark.
+
+    From a factor of six between the numbers on, the axis is logarithmic. Others span at least half
+    of the largest number, so that small differences look small.
+    """
+    low, high = min(numbers), max(numbers)
+    log = 0 < 6 * low < high
+    span = 0 if log else max(high, -low) / 2
+    scale = math.log10 if log else float
+    low, high = scale(low), scale(high)
+    margin = max(0.08 * (high - low), (span - high + low) / 2) or 1
     low, high = low - margin, high + margin
-    marks = [m * 10.0**e for e in range(-9, 9) for m in (1, 2, 5)]
+
+    marks = [digit * 10.0**power for power in range(-9, 9) for digit in (1, 2, 5)]
     if not log:
-        step = next(mark for mark in marks if 6 * mark >= high - low)
+        step = next(step for step in marks if 5 * step >= high - low)
         marks = [step * i for i in range(int(low / step) - 1, int(high / step) + 2)]
-    marks = [mark for mark in marks if low <= f(mark) <= high]
-    return lambda number: round(start + (f(number) - low) / (high - low) * (end - start), 1), marks
+    marks = [mark for mark in marks if low <= scale(mark) <= high]
+    if len(marks) > 7:  # too many to stand beside one another: one for each power of ten
+        marks = marks[::3]
+    pixels = (end - start) / (high - low)
+    return lambda number: round(start + pixels * (scale(number) - low), 1), marks
 
 
-def chart(report: dict, x: str, y: str) -> str:
-    """An SVG of two columns of the table: a line per architecture through its k, with error bars of two errors of y."""
-    rows = [
-        row | {"error": 2 * row.get(f"{y}_se", 0)}
-        for row in report["coders"].values()
-        if row[y] is not None
-    ]
+def free_spot(x, y, taken):
+    """Of the places around a marker, the one with the fewest markers and labels near it."""
+
+    def crowd(spot):
+        return sum(abs(spot[0] - a) < 14 and abs(spot[1] - b) < 12 for a, b in taken)
+
+    return min([(x + dx, y + dy) for dy in (-12, 12, 0) for dx in (14, -14, 0)], key=crowd)
+
+
+def chart(report, x, y):
+    """An SVG of two columns of the table: for each architecture a line through its k.
+
+    Error bars reach two standard errors of y up and down.
+    """
+    rows = [dict(row) for row in report["coders"].values() if row[y] is not None]
     if not rows:
-        return SVG + '<text x="5" y="14">no latents could be scored</text></svg>'
-    x_at, x_marks = axis([row[x] for row in rows], 50, 425)
-    y_at, y_marks = axis(
-        [row[y] + sign * row["error"] for row in rows for sign in (-1, 1)], 250, 30
-    )
-    text = '<text x="{}" y="{}" text-anchor="{}">{}</text>'.format
-    grid = "".join(
-        [f"M{x_at(m)} 30V250" for m in x_marks] + [f"M50 {y_at(m)}H425" for m in y_marks]
-    )
-    out = [SVG, f'<path stroke="currentColor" opacity=".15" d="{grid}"/>']
-    out += [
-        text(5, 14, "start", COLUMNS[y][0]),
-        *(text(44, y_at(m) + 4, "end", f"{m:.6g}") for m in y_marks),
+        return SVG + svg_text(5, 16, "no latents could be scored") + "</svg>"
+    archs = list(dict.fromkeys(row["arch"] for row in rows))
+    others = {"chance": {y: 0.2}} | report["baselines"] if y == "intruder" else {}
+    baselines = [(row[y], name) for name, row in others.items() if row.get(y) and name != "null"]
+
+    # The axes, and above them a legend with three architectures in a row.
+    top = 30 + 18 * math.ceil(len(archs) / 3)
+    heights = [score for score, _ in baselines]
+    for row in rows:
+        error = 2 * row.get(f"{y}_se", 0)
+        row["low"], row["high"] = row[y] - error, row[y] + error
+        heights += row["low"], row["high"]
+    x_at, x_marks = axis([row[x] for row in rows], LEFT, RIGHT)
+    y_at, y_marks = axis(heights, BOTTOM, top)
+    grid = [f"M{x_at(mark)} {top}V{BOTTOM}" for mark in x_marks]
+    grid += [f"M{LEFT} {y_at(mark)}H{RIGHT}" for mark in y_marks]
+    out = [
+        SVG,
+        f'<path stroke="currentColor" opacity=".15" d="{"".join(grid)}"/>',
+        svg_text(5, top - 16, AXES[y]),
+        svg_text(RIGHT, BOTTOM + 34, AXES[x], "end"),
+        *(svg_text(x_at(mark), BOTTOM + 14, f"{mark:.6g}", "middle") for mark in x_marks),
+        *(svg_text(LEFT - 6, y_at(mark), f"{mark:.6g}", "end") for mark in y_marks),
     ]
-    out += [
-        text(425, 282, "end", COLUMNS[x][0]),
-        *(text(x_at(m), 266, "middle", f"{m:.6g}") for m in x_marks),
-    ]
-    for i, arch in enumerate(dict.fromkeys(row["arch"] for row in rows)):
-        (color, marker, dx, dy, anchor), line = (
-            LOOKS[i % len(LOOKS)],
-            [row for row in rows if row["arch"] == arch],
-        )
-        left, path = 100 + 95 * i, "L".join(f"{x_at(row[x])} {y_at(row[y])}" for row in line)
-        out.append(
-            f'<g fill="{color}" stroke="{color}"><path fill="none" stroke-width="1.5" d="M{path}"/>'
-        )
+
+    # Baselines are dashed lines. Their names move up where they would cover one another.
+    name_y = math.inf
+    for score, name in sorted(baselines):
+        name_y = min(y_at(score), name_y - 14)
         out += [
-            f'<path transform="translate({left} 10)" d="{marker}"/>',
-            text(left + 8, 14, "start", arch),
+            f'<g class="faint"><path d="M{LEFT} {y_at(score)}H{RIGHT}"/>',
+            svg_text(RIGHT + 5, name_y, name) + "</g>",
         ]
-        for row in line:  # what a title says is shown on pointing
-            px, py, ends = (
-                x_at(row[x]),
-                y_at(row[y]),
-                [y_at(row[y] + sign * row["error"]) for sign in (1, -1)],
-            )
-            about = ", ".join(
-                f"{COLUMNS[key][0]} {COLUMNS[key][1].format(**row)}" for key in (x, y)
-            )
-            out.append(
-                f'<g><title>{arch}, k {row["k"]}: {about}</title><path d="M{px} {ends[0]}V{ends[1]}"/>'
-            )
-            out.append(f'<path transform="translate({px} {py})" d="{marker}"/></g>')
-            out.append(text(px + dx, py + dy, anchor, row["k"]))
-        out.append("</g>")
-    return "".join([*out, "</svg>"])
+
+    # For each architecture its name, a line, and markers. Pointing at one shows its numbers.
+    about = "{arch}, k {k}: " + ", ".join(" ".join(COLUMNS[key]) for key in (x, y))
+    taken, labels = [(x_at(row[x]), y_at(row[y])) for row in rows], []
+    for i, arch in enumerate(archs):
+        color, marker = ARCHS[arch].color, MARKERS[ARCHS[arch].marker]
+        left, height = 12 + 138 * (i % 3), 11 + 18 * (i // 3)
+        line = []
+        out += [
+            f'<g fill="{color}" stroke="{color}">{svg_text(left + 9, height, arch)}',
+            f'<path transform="translate({left} {height})" d="{marker}"/>',
+        ]
+        for row in rows:
+            if row["arch"] == arch:
+                px, py = x_at(row[x]), y_at(row[y])
+                line.append(f"{px} {py}")
+                out += [
+                    f"<g><title>{about.format(**row)}</title>",
+                    f'<path d="M{px} {y_at(row["low"])}V{y_at(row["high"])}"/>',
+                    f'<path transform="translate({px} {py})" d="{marker}"/></g>',
+                ]
+                taken.append(free_spot(px, py, taken))
+                labels.append(svg_text(*taken[-1], row["k"], "middle"))
+        out.append(f'<path fill="none" stroke-width="1.5" d="M{"L".join(line)}"/></g>')
+    return "".join([*out, '<g class="k">', *labels, "</g></svg>"])
 
 
-MOST, BEFORE, AFTER = (
-    3000,
-    14,
-    6,
-)  # latents shown in all (the page stays under 4 MB), and tokens around each peak
+# Control characters, and characters that take no room or turn the direction of a text.
+UNSEEN = "[\0-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]"
+# What a token reads as that is blank, a control character, or a part of a character.
+EMPTY = r"([ ↵⇥]|\\u[0-9a-f]{4})*|.*�.*"
 
 
-def legible(tokenizer, token: int) -> str:
-    """A token as text in which line ends and control characters can be seen."""
-    text = tokenizer.decode([token]).replace("\n", "↵").replace("\t", "⇥")
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text) or "∅"
+def legible(tokenizer, tokens):
+    """The text that each token adds to those before it, with visible line ends and controls.
+
+    A character that several tokens share stands at the last of them, and the others are empty.
+    """
+    # At the start of a text a SentencePiece tokenizer drops a token's space: put an "a" first.
+    a = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    start, texts, held = len(tokenizer.decode(a)), [], []
+    for token in tokens:
+        held.append(token)
+        text = tokenizer.decode(a + held, clean_up_tokenization_spaces=False)[start:]
+        # What is not yet a character reads as "�". A character has at most four bytes.
+        if text.endswith("�") and len(held) < 4:
+            text = ""
+        else:
+            held = []
+        text = text.replace("\n", "↵").replace("\t", "⇥")
+        texts.append(re.sub(UNSEEN, lambda match: f"\\u{ord(match[0]):04x}", text))
+    return texts
 
 
-def page(report: dict, seen: Tensor, places: Tensor, latents: dict, tokenizer) -> str:
-    """One self-contained HTML page. Per latent eight contexts, four of the largest activations and a random one of each
-    lower fifth, as [fifth, position of the peak, tokens, activations on a scale of 0 to 9]."""
-    vocabulary, random, width = {}, torch.Generator().manual_seed(0), seen.shape[1]
-    coders, number = (
-        {name: [] for name in latents},
-        lambda token: vocabulary.setdefault(token, len(vocabulary)),
-    )
+# The page stays under 4 MB with so many latents in all and so many tokens on each side of a peak.
+ON_PAGE, AROUND = 2000, 12
+
+
+def contexts(tokens, acts, words, width):
+    """Of a latent: four contexts with its largest activations, the middle one of each lower fifth.
+
+    tokens [m] are places in words, which has rows of that width. A context is (index of the peak,
+    words, a digit for each activation, of which 9 is the latent's largest).
+    """
+    digits = (acts / acts.max() * 9).ceil().int()
+    digit = dict(zip(tokens.tolist(), digits.tolist()))
+    n, found = len(tokens), []
+    for rank in (0, 1, 2, 3, 0.3 * n, 0.5 * n, 0.7 * n, 0.9 * n):
+        peak = tokens[int(rank)].item()
+        row = peak - peak % width
+        window = range(max(peak - AROUND, row), min(peak + AROUND + 1, row + width))
+        levels = "".join(str(digit.get(i, 0)) for i in window)
+        found.append((window.index(peak), [words[i] for i in window], levels))
+    return found
+
+
+def page(report, seen, places, latents, tokenizer):
+    """One self-contained HTML page: pictures, the table, and the scored latents."""
+    # Each text of a token is on the page once. A new one gets the next number.
+    numbers = defaultdict(lambda: len(numbers))
+    words = [numbers[word] for row in seen.tolist() for word in legible(tokenizer, row)]
+    coders, sizes = {}, {}
     for name, (active, found, density, promotes) in latents.items():
-        for (latent, (tokens, acts)), right, most in list(zip(active.items(), found, promotes))[
-            : MOST // len(latents)
-        ]:
-            tokens = places[tokens]
-            level = dict(zip(tokens.tolist(), (acts / acts.max() * 9).ceil().int().tolist()))
-            fifths, contexts = tokens.tensor_split(FIFTHS), []
-            for q in (0, 0, 0, 0, 1, 2, 3, 4):
-                i = len(contexts) if q == 0 else torch.randint(len(fifths[q]), (), generator=random)
-                row, column = divmod(fifths[q][i].item(), width)
-                first, last = max(column - BEFORE, 0), min(column + AFTER, width - 1)
-                words = [number(t) for t in seen[row, first : last + 1].tolist()]
-                levels = [level.get(row * width + c, 0) for c in range(first, last + 1)]
-                contexts.append([q, column - first, words, "".join(map(str, levels))])
-            numbers = [
-                latent,
-                right.double().mean().item(),
-                density[latent].item(),
-                acts.max().item(),
-            ]
-            coders[name].append([*numbers, contexts, [number(t) for t in most.tolist()]])
-    data = {"text": [legible(tokenizer, token) for token in vocabulary], "coders": coders}
+        coders[name], sizes[name] = [], (len(active), len(density))
+        scored = list(zip(active, found, promotes))
+        for latent, right, best in scored[: ON_PAGE // len(latents)]:
+            tokens, acts = active[latent]
+            # Promoted tokens with nothing to see would say nothing.
+            promoted = [legible(tokenizer, [token])[0] for token in best.tolist()]
+            promoted = [numbers[word] for word in promoted if not re.fullmatch(EMPTY, word)]
+            about = map(float, (right.double().mean(), density[latent], acts.max()))
+            lines = contexts(places[tokens], acts, words, seen.shape[1])
+            coders[name].append((latent, *about, lines, promoted))
+
+    rows = report["coders"]
+    best = max(rows, key=lambda name: rows[name]["intruder"] or 0)
+    data = {"text": list(numbers), "coders": coders, "sizes": sizes, "best": best}
+    pictures = [chart(report, x, "intruder") for x in ("ce_increase", "kl")]
+    if len({row["k"] for row in rows.values()}) > 1:
+        pictures.append(chart(report, "l0", "fvu"))
     parts = {
-        "DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    }  # no document's text is a tag
-    parts["TITLE"] = html.escape(
-        f"{Path(report['run']['model']).name} {report['run']['hookpoint']}"
-    )
-    parts["RESULTS"] = "".join(
-        f"<tr><td>{'<td>'.join(map(html.escape, row))}" for row in table(report)
-    )
-    parts["PLOTS"] = "".join(chart(report, x, "intruder") for x in ("ce_increase", "kl")) + chart(
-        report, "l0", "fvu"
-    )
-    parts["NOTES"] = "".join(f"<p>{html.escape(line)}" for line in remarks(report))
+        # No text of a document may end the script that holds it.
+        "DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
+        "TITLE": html.escape(f"{Path(report['run']['model']).name} {report['run']['hookpoint']}"),
+        "RESULTS": "".join(
+            f"<tr><th>{'<td>'.join(map(html.escape, row))}" for row in table(report)
+        ),
+        "PICTURES": "".join(pictures),
+        "NOTES": "".join(f"<p>{html.escape(line)}" for line in remarks(report)),
+    }
     return re.sub("@([A-Z]+)@", lambda match: parts[match[1]], PAGE)
 
 
 PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>@TITLE@</title><style>
-:root { color-scheme: light dark; --ink: #1b1b1f; --paper: #fdfdfc; --faint: #62626c; --line: #ddd; --hot: 237 125 25 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e6ea; --paper: #16161a; --faint: #a0a0ac; --line: #444 } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 64rem;
-  margin: 0 auto; padding: 1rem; overflow-wrap: anywhere }
-table { display: block; overflow-x: auto; border-collapse: collapse; font-size: 13px; white-space: pre }
-td { text-align: right; padding: .15rem .4rem } td:first-child, tr:first-child { font-weight: 600 }
-td:first-child { text-align: left } td, article { border-bottom: thin solid var(--line) }
-#pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem }
-main { scroll-margin-top: 9rem } td:last-child { font-family: monospace }
-nav { position: sticky; top: 0; background: var(--paper); padding: .5rem 0; display: flex; flex-flow: wrap; gap: 1rem }
-select, input { font: inherit; max-width: 100% } article { padding: .6rem 0 } article:empty { min-height: 14rem }
-article div { display: grid; grid-template-columns: 3rem 1fr; white-space: pre-wrap; font: 13px/1.7 monospace }
-span > * { background: rgb(var(--hot) / calc(var(--level) / 10)) } b { box-shadow: inset 0 -2px rgb(var(--hot)) }
-h1 { font-size: 1.3rem } h2 { font-size: 1rem; margin: 0 } p, small { color: var(--faint); font-weight: normal }
-</style><h1>@TITLE@</h1><div id="pictures">@PLOTS@</div><table>@RESULTS@</table>@NOTES@
-<p>Below: the scored latents. A line is a context from one fifth of the latent's active tokens, sorted by activation (1
-the top fifth, 5 the lowest). Shading: activation, relative to the latent's largest; underlined: the token drawn.
-<nav><label>coder <select id="coder"></select></label>
-<label>sort by <select id="sort"><option value="-1">score, high first<option value="1">score, low first
-<option value="-2">density, high first<option value="2">density, low first<option value="0">number</select></label>
-<label>fires on <input id="token" type="search"></label><span id="count"></span></nav>
-<main id="latents"></main><script id="data" type="application/json">@DATA@</script><script>
-const get = id => document.getElementById(id), {text, coders} = JSON.parse(get("data").textContent);
-const add = (parent, tag, textContent = "", more = {}) =>  // as text, what a document holds is shown and never run
-  parent.appendChild(Object.assign(document.createElement(tag), {textContent, ...more}));
-for (const name in coders) add(get("coder"), "option", name);
-function fill(card, [latent, score, density, top, contexts, promoted]) {
-  const title = add(card, "h2"), about = ` score ${score.toFixed(1)} · active on ${+(100 * density).toPrecision(2)}%`;
-  add(title, "a", `latent ${latent}`, {href: `#${get("coder").value}/${latent}`});
-  add(title, "small", `${about} of tokens · largest activation ${+top.toPrecision(3)}`);
-  if (promoted.length) add(card, "small", "promotes " + promoted.map(token => `“${text[token]}”`).join(" "));
-  for (const [fifth, peak, tokens, levels] of contexts) {
-    const line = add(card, "div"), words = (add(line, "small", fifth + 1 + "/5"), add(line, "span"));
-    tokens.forEach((t, i) => add(words, i == peak ? "b" : "span", text[t], {style: "--level: " + levels[i]}));
+<html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>@TITLE@</title>
+<style>
+:root {
+  color-scheme: light dark;
+  --ink: #1b1b1f; --paper: #fdfdfc; --faint: #62626c; --line: #ddd; --link: #0b57d0;
+  --hot: 237 125 25;  /* of the largest activation; the text on it stays dark */
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --ink: #e6e6ea; --paper: #16161a; --faint: #a0a0ac; --line: #444; --link: #9ab8ff;
+    --hot: 170 80 5;  /* the text on it stays light */
   }
 }
-const onSight = new IntersectionObserver(  // a card is filled when it is scrolled to
-  cards => cards.filter(c => c.isIntersecting && !c.target.firstChild).forEach(c => fill(c.target, c.target.latent)),
-  {rootMargin: "600px"});
+body {
+  max-width: 64rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere;
+  font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+}
+h1 { font-size: 1.3rem }
+h2 { font-size: 1rem; margin: 0 }
+p, small { color: var(--faint); font-weight: normal }
+a { color: var(--link) }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 1px }
+
+#pictures {
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(27rem, 1fr)); gap: 1rem;
+  margin-bottom: 1rem;
+}
+#pictures svg { width: 100%; height: auto }
+@media (max-width: 30rem) { #pictures { grid-template-columns: 100% } }
+
+/* What is too wide scrolls sideways, and its first column stays where it is. */
+.scroller { overflow-x: auto }
+th:first-child, .fifth { position: sticky; left: 0; background: var(--paper) }
+.fifth { font-size: 12px }
+table { border-collapse: collapse; font-size: 13px; white-space: pre }
+th, td { text-align: right; padding: .15rem .5rem; border-bottom: thin solid var(--line) }
+th:first-child { text-align: left; padding-left: 0 }
+tr:first-child { font-weight: bold }
+td:nth-child(4) { font-family: monospace }  /* bars of the histogram */
+
+nav {
+  position: sticky; top: 0; z-index: 1; background: var(--paper); padding: .4rem 0;
+  display: grid; grid-template-columns: auto auto 1fr auto; gap: .4rem .6rem; align-items: center;
+}
+nav > * { font: inherit; min-width: 0; box-sizing: border-box; height: 2.1rem }
+select, input { color: var(--ink); background: var(--paper); border: thin solid var(--faint) }
+nav output { font-size: 13px; line-height: 1.2; color: var(--faint); align-content: center }
+::placeholder { color: var(--faint); opacity: 1 }
+@media (max-width: 40rem) { nav { grid-template-columns: 1fr 1fr } }
+html { scroll-padding-top: 5.5rem }  /* what is opened or has the focus is not under the controls */
+
+article { padding: .6rem 0; border-bottom: thin solid var(--line) }
+article:empty { min-height: 15rem }
+article p { margin: 0; font-size: smaller }
+
+/* A line is the fifth, the text before the peak, and the peak with the text after it. The columns
+   of text are equally wide, so that all peaks stand below one another, in the middle. */
+.contexts {
+  display: grid; grid-template-columns: 2.5rem 1fr 1fr; width: max-content; min-width: 100%;
+  font: 13px/1.7 ui-monospace, monospace; white-space: pre;
+}
+.before { text-align: right }
+.token { background: rgb(var(--hot) / calc(var(--level) / 10)) }
+/* An empty token is the beginning of a character that stands at a later token. */
+.token:empty { padding: 0 min(2px, var(--level) * 1px) }
+/* Isolated, the peak stays at the left of text that runs to the left. */
+.peak { outline: 2px solid var(--ink); margin: 0 2px; unicode-bidi: isolate }
+</style>
+<h1>@TITLE@</h1>
+<div id="pictures">@PICTURES@</div>
+<div class="scroller" tabindex="0" role="region" aria-label="results">
+<table id="results">@RESULTS@</table></div>
+@NOTES@
+<p>Below are the scored latents. A line is a context of one token on which a latent is active: the
+one in the box. All such tokens, sorted by activation, fall into five parts, of which 1/5 has the
+largest. The first four lines show the very largest, the others the middle of their part. Shading:
+activation, relative to the latent's largest. What is too wide scrolls sideways.
+<nav>
+<select id="coder" aria-label="coder"></select>
+<select id="sort" aria-label="order">
+<option value="-1">high scores first<option value="1">low scores first
+<option value="-2">frequent ones first<option value="2">rare ones first
+<option value="0">by number</select>
+<input id="search" type="search" placeholder="text or number"
+  aria-label="text that a latent fires on, or the number of a latent">
+<output id="count"></output>
+</nav>
+<main><p id="message" role="status"></p><div id="latents"></div></main>
+<script id="data" type="application/json">@DATA@</script>
+<script>
+const get = id => document.getElementById(id);
+const {text, coders, sizes, best} = JSON.parse(get("data").textContent);
+const lowerCase = text.map(word => word.toLowerCase());
+const count = number => number.toLocaleString("en");
+
+// Elements are made from text, never from HTML: nothing that a document holds is run.
+function add(parent, tag, textContent = "", more = {}) {
+  const child = document.createElement(tag);
+  return parent.appendChild(Object.assign(child, {textContent, ...more}));
+}
+
+// A context: its fifth, the tokens before the peak, the peak and the tokens after it.
+function addContext(grid, [peak, tokens, levels], number) {
+  const fifth = Math.max(1, number - 2);  // the first four are from the top one
+  add(grid, "small", `${fifth}/5`, {className: "fifth"});
+  const before = add(grid, "div", "", {className: "before"}), after = add(grid, "div");
+  tokens.forEach((token, i) => add(i < peak ? before : after, "span", text[token], {
+    className: i == peak ? "token peak" : "token",
+    style: `--level: ${levels[i]}`,
+  }));
+}
+
+// The peaks are in the middle of what scrolls.
+function showPeaks(scroller) {
+  scroller.scrollLeft = (scroller.scrollWidth - scroller.clientWidth) / 2;
+}
+
+// A latent: its numbers, the tokens that it promotes, and its contexts.
+function fill(card, [latent, score, density, largest, contexts, promoted]) {
+  const title = add(card, "h2"), share = +(100 * density).toPrecision(2);
+  add(title, "a", `latent ${latent}`, {href: `#${get("coder").value}/${latent}`});
+  add(title, "small", ` score ${score.toFixed(1)} · active on ${share}% of tokens`
+    + ` · largest activation ${+largest.toPrecision(3)}`);
+  if (promoted.length) {
+    add(card, "p", "promotes " + promoted.map(token => `“${text[token]}”`).join(" "));
+  }
+  const scroller = add(card, "div", "", {className: "scroller"});
+  const grid = add(scroller, "div", "", {className: "contexts"});
+  contexts.forEach((context, number) => addContext(grid, context, number));
+  if (scroller.scrollWidth > scroller.clientWidth) scroller.tabIndex = 0;
+  showPeaks(scroller);
+}
+
+// A card is filled when it is about to be scrolled to: all at once would take seconds.
+const onSight = new IntersectionObserver(entries => {
+  for (const {isIntersecting, target} of entries) {
+    if (isIntersecting && !target.firstChild) fill(target, target.latent);
+  }
+}, {rootMargin: "600px"});
+
+// Whether a context holds what is sought, over at least one token on which the latent is active.
+function firesOn(sought, [, tokens, levels]) {
+  const words = tokens.map(token => lowerCase[token]), line = words.join("");
+  for (let at = line.indexOf(sought); at >= 0; at = line.indexOf(sought, at + 1)) {
+    let start = 0;
+    for (let i = 0; i < words.length; i++) {
+      // The beginning of a character has no text of its own and counts as one letter.
+      const end = start + Math.max(words[i].length, 1);
+      if (levels[i] > 0 && start < at + sought.length && end > at) return true;
+      start += words[i].length;
+    }
+  }
+  return false;
+}
+
+// What the reader asks for: a number in the search field or else in the address, and a text.
+function query() {
+  const typed = get("search").value.toLowerCase();
+  const [, prefix, digits] = typed.trim().match(/^(latent *|#)?(\\d+)$/) ?? [];
+  const [name, addressed] = location.hash.slice(1).split("/");
+  const isText = typed.trim() && !prefix;
+  return {name, number: parseInt(digits ?? addressed), prefix, sought: isText ? typed : ""};
+}
+
+// In words, what is not on the page.
+function message({name, number, sought}, chosen) {
+  const coder = get("coder").value, [scored, size] = sizes[coder];
+  const missing = coders[coder].length < scored ? "is not on this page" : "was not scored";
+  const lines = [];
+  if (name && !Object.hasOwn(coders, name)) lines.push(`There is no coder “${name}”.`);
+  else if (number >= size) lines.push(`${coder} has no latent ${number}: it has ${count(size)}.`);
+  else if (number >= 0 && !coders[coder].some(([latent]) => latent == number)) {
+    lines.push(`Latent ${number} of ${coder} ${missing}.`);
+  }
+  if (sought && !chosen.length) lines.push(`Nothing found: no latent fires on “${sought}” here.`);
+  return lines.join(" ");
+}
+
+// Show the latents that are asked for, one whose number is asked for first.
 function show() {
-  const sort = +get("sort").value, key = Math.abs(sort), token = get("token").value;
-  const opened = latent => latent[0] == location.hash.split("/")[1];  // the one in the address comes first
-  const fires = ([, , tokens, levels]) => tokens.some((t, i) => levels[i] > 0 && text[t].includes(token));
-  const chosen = coders[get("coder").value].filter(latent => opened(latent) || !token || latent[4].some(fires));
-  chosen.sort((a, b) => opened(b) - opened(a) || (sort < 0 ? -1 : 1) * (a[key] - b[key]) || a[0] - b[0]);
-  get("count").textContent = chosen.length + " latents";
+  const asked = query(), {number, prefix, sought} = asked, coder = get("coder").value;
+  const wanted = latent => latent[0] == number
+    || (sought ? latent[4].some(context => firesOn(sought, context)) : !prefix);
+  const chosen = coders[coder].filter(wanted);
+
+  const sort = +get("sort").value, key = Math.abs(sort), sign = sort < 0 ? -1 : 1;
+  chosen.sort((a, b) => (b[0] == number) - (a[0] == number)
+    || sign * (a[key] - b[key]) || a[0] - b[0]);
+
+  const onPage = coders[coder].length, [scored, size] = sizes[coder];
+  const ofScored = onPage < scored ? `here (${count(scored)} scored, ` : "scored latents (";
+  get("count").value = `${count(chosen.length)} of ${count(onPage)} ${ofScored}of ${count(size)})`;
+  get("message").textContent = message(asked, chosen);
   get("latents").replaceChildren();
   for (const latent of chosen) onSight.observe(add(get("latents"), "article", "", {latent}));
 }
-onhashchange = () => {  // open what the address names, as in #transcoder/1234
-  const name = location.hash.slice(1).split("/")[0];
-  if (name in coders) get("coder").value = name;
+
+// Open what the address names, as in #transcoder/1234.
+function open() {
+  const {name} = query();
+  if (Object.hasOwn(coders, name)) get("coder").value = name;
   show();
-  if (name) get("latents").scrollIntoView();
-};
-document.querySelector("nav").oninput = () => (history.replaceState(null, "", "#" + get("coder").value), show());
-onhashchange();
+  if (name) document.querySelector("nav").scrollIntoView();
+}
+
+// On a change of the controls, the address no longer names a latent.
+function change() {
+  history.replaceState(null, "", "#" + get("coder").value);
+  show();
+}
+
+// In the table, move the scores to the front: on a phone the last columns are out of sight.
+function scoresFirst() {
+  const rows = [...get("results").rows];
+  const first = [...rows[0].cells].findIndex(cell => cell.textContent == "intruder");
+  for (const row of rows) row.cells[0].after(...[...row.cells].slice(first));
+}
+
+scoresFirst();
+Object.keys(coders).forEach(name => add(get("coder"), "option", name));
+get("coder").value = best;
+document.querySelector("nav").addEventListener("input", change);
+addEventListener("hashchange", open);
+addEventListener("resize", () => document.querySelectorAll("article .scroller").forEach(showPeaks));
+open();
 </script>
 """
+
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,8 @@
-"""Training as a user runs it: what is printed and written, what a signal or a bad learning rate leaves behind."""
+"""Training as a user runs it: what is printed and written, and what an end too early leaves."""
 
+import gzip
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -9,166 +11,206 @@ import time
 
 import pytest
 import torch
-import transformers
-from conftest import ALONE, ROOT, flags, run, run_here
+from conftest import ALONE, ROOT, change_json, flags, read_json, run, run_here
 from safetensors.torch import load_file
 
 import skipcoder
-from skipcoder import ARCHS, MLPActivations, find_mlp, load_run
+from skipcoder import ARCHS, Coder, Trainer, load_run
+
+FOLDER = "h.1.mlp"  # of a coder, in the folder of its name
 
 
 def contents(folder) -> dict:
-    return {
-        path: path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != "log.jsonl"
+    """Return the content of all files but the log."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: path.read_bytes() for path in files if path.name != "log.jsonl"}
+
+
+def read_log(out) -> list[dict]:
+    return list(map(json.loads, (out / "log.jsonl").read_text().splitlines()))
+
+
+# ---- A run that goes well -------------------------------------------------------------------
+
+
+def test_config_and_log(trained):
+    config = read_json(trained / "config.json")
+    assert config["hookpoint"] == FOLDER and config["arch"] == list(ARCHS)
+    assert config["seed"] == 0 and config["k"] == [4]
+    assert config["num_latents"] == 256 and config["d"] == 32
+    assert config["tokens_trained"] >= 30_000
+    assert config["coders"] == {arch: f"{arch}/{FOLDER}" for arch in ARCHS}
+    assert set(config["versions"]) == {"torch", "transformers", "datasets"}
+
+    log = read_log(trained)
+    for line in log:
+        assert set(line) == {"tokens", "tokens_per_s", "fvu", "dead"}
+        assert set(line["fvu"]) == set(line["dead"]) == set(ARCHS)
+    last = log[-1]
+    assert last["tokens"] == config["tokens_trained"] and last["tokens_per_s"] > 0
+    assert all(0 < fvu < 0.8 for fvu in last["fvu"].values())
+    assert all(0 <= share < 1 for share in last["dead"].values())
+    assert not list(trained.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_folder_of_a_coder(trained, arch):
+    """It is in the format of EleutherAI's sparsify, with one key more."""
+    tensors = load_file(trained / arch / FOLDER / "sae.safetensors")
+    shapes = {
+        "encoder.weight": (256, 32),
+        "encoder.bias": (256,),
+        "W_dec": (256, 32),
+        "b_dec": (32,),
+    }
+    if arch == "skip_transcoder":
+        shapes["W_skip"] = (32, 32)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes
+    assert read_json(trained / arch / FOLDER / "cfg.json") == {
+        "activation": "topk",
+        "expansion_factor": 8,
+        "normalize_decoder": arch == "sae",
+        "num_latents": 256,
+        "k": 4,
+        "multi_topk": False,
+        "skip_connection": arch == "skip_transcoder",
+        "transcode": arch != "sae",
+        "d_in": 32,
+        "arch": arch,
     }
 
+    coder = load_run(trained)[1][arch]
+    assert coder.arch == arch and coder.k == 4
+    loaded = [coder.W_enc, coder.b_enc, coder.W_dec, coder.b_dec, coder.W_skip]
+    for name, parameter in zip(shapes, loaded):
+        assert torch.equal(parameter, tensors[name])
+    if arch == "sae":
+        lengths = tensors["W_dec"].norm(dim=1)
+        assert (lengths - 1).abs().max() < 1e-5
 
-def test_run_directory(trained):
-    config = json.loads((trained / "config.json").read_text())
-    assert (
-        config["hookpoint"] == "h.1.mlp" and config["arch"] == list(ARCHS) and config["seed"] == 0
+
+def screen(text: str) -> list[str]:
+    """Return the lines that a terminal shows: after a carriage return a line is overwritten."""
+    lines = []
+    for line in text.split("\n"):
+        shown = ""
+        for part in line.split("\r"):
+            shown = part + shown[len(part) :]
+        lines.append(shown.rstrip())
+    return lines
+
+
+def run_on_a_terminal(*command) -> tuple[int, list[str]]:
+    """Run `python command` with both streams in one, and return its exit code and the screen."""
+    process = subprocess.run(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=ALONE | {"PYTHONUNBUFFERED": "1"},
+        cwd=ROOT,
+        timeout=120,
     )
-    assert config["num_latents"] == 256 and config["d"] == 32 and config["tokens_trained"] >= 30_000
-    assert set(config["versions"]) == {"torch", "transformers", "datasets"}
-    log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
-    assert all(set(line) == {"tokens", "tokens_per_s", "fvu", "dead"} for line in log)
-    assert log[-1]["tokens"] == config["tokens_trained"] and log[-1]["tokens_per_s"] > 0
-    assert all(0 < log[-1]["fvu"][arch] < 0.8 and 0 <= log[-1]["dead"][arch] < 1 for arch in ARCHS)
-    assert not list(trained.rglob("*.tmp"))
-    for arch, coder in load_run(trained)[1].items():
-        p, cfg = (trained / arch / "h.1.mlp" / name for name in ("sae.safetensors", "cfg.json"))
-        p, cfg = load_file(p), json.loads(cfg.read_text())
-        shapes = {
-            "encoder.weight": (256, 32),
-            "encoder.bias": (256,),
-            "W_dec": (256, 32),
-            "b_dec": (32,),
-        }
-        shapes |= {"W_skip": (32, 32)} if arch == "skip_transcoder" else {}
-        assert {name: tuple(tensor.shape) for name, tensor in p.items()} == shapes
-        assert cfg == {
-            "activation": "topk", "expansion_factor": 8, "normalize_decoder": arch == "sae", "num_latents": 256, "k": 4,
-            "multi_topk": False, "skip_connection": arch == "skip_transcoder", "transcode": arch != "sae", "d_in": 32,
-        }  # fmt: skip
-        assert all(
-            torch.equal(parameter, p[name]) for name, parameter in zip(shapes, coder.parameters())
-        )
-        assert (p["W_dec"].norm(dim=1) - 1).abs().max() < 1e-5 or arch != "sae"
+    return process.returncode, screen(process.stdout)
 
 
 def test_what_is_printed(tiny, tmp_path):
-    done = run("skipcoder.py", *flags(tiny, tmp_path / "run"))
+    """Each message on a line of its own, also while the bar is open."""
+    out, text = tmp_path / "run", tmp_path / "text"
+    text.mkdir()
+    # The whole text is less than what is trained on, so that it is repeated.
+    lines = (tiny / "text.jsonl").read_text().splitlines()
+    (text / "a.jsonl").write_text("\n".join(lines[:30]))
+    (text / "b.JSONL").write_text("\n".join(lines[30:60]))
+    (text / "notes.md").write_text("not read")
+    args = flags(tiny, out, "--dataset", text, "--tokens", 60_000)
+    code, shown = run_on_a_terminal("skipcoder.py", *args)
+    assert code == 0, shown
+    steps = -(-60_000 // (16 * 31))
+    trained = steps * 16 * 31
+
+    # Before the loop.
+    start = "\n".join(shown[:3])
+    words = "sae, transcoder, skip_transcoder", "k 4", "M 256", FOLDER, str(tiny), "cpu x 1"
+    assert all(word in start for word in words), start
+    assert f"{steps:,} steps of 496 tokens" in start and "lr 0.0" in start
+    assert f"--dataset {text}: 2 .jsonl files" in start and "notes.md" in start
+
+    # In the loop, and at its end.
+    repeated = [line for line in shown if "is repeated" in line]
+    assert len(repeated) == 1 and repeated[0].startswith(f"--dataset {text} is repeated: it has ")
+    last = f"{trained:,} tokens done; next: python eval.py {out}"
+    assert shown[-2:] == [last, ""]
+    bar = shown[-3]
+    assert bar.startswith("100%|") and "tok/s" in bar and "FVU" in bar
+    assert sum("%|" in line for line in shown) == 1, "the bar is shown once"
+
+
+def test_a_bar_fits_80_columns_with_12_coders(tiny, tmp_path):
+    code = "import sys, skipcoder; sys.argv[0] = 'skipcoder.py'; skipcoder.main()"
+    args = flags(tiny, tmp_path / "run", "--k", 1, 2, 3, 4, "--tokens", 2000)
+    done = run("-c", code, *args, COLUMNS="80")
     assert done.returncode == 0, done.stderr
-    words = (
-        "sae, transcoder, skip_transcoder",
-        "M 256",
-        "k 4",
-        "h.1.mlp",
-        str(tiny),
-        "cpu x 1",
-        "6,448",
-        "lr 0.0",
-    )
-    assert all(word in done.stdout for word in words), done.stdout
-    assert (
-        done.stdout.splitlines()[-1]
-        == f"done after 6,448 tokens; next: python eval.py {tmp_path / 'run'}"
-    )
     last = done.stderr.replace("\r", "\n").strip().splitlines()[-1]
-    assert (
-        "tok/s" in last and all(arch in last for arch in ARCHS) and "FVU" in last and "dead" in last
-    )
+    fvu = read_log(tmp_path / "run")[-1]["fvu"].values()
+    assert len(fvu) == 12 and len(last) <= 80
+    assert f"FVU {min(fvu):.3f} to {max(fvu):.3f}" in last
+
+
+def test_text_without_a_held_out_document_is_said_at_the_start(tiny, tmp_path):
+    """Training accepts what evaluation cannot use."""
+    text = tmp_path / "text.txt"
+    text.write_text("a line of a small text, all of it one document\n" * 90)
+    assert not skipcoder.is_held_out(text.read_text())
+    args = flags(tiny, tmp_path / "run", "--dataset", text, "--tokens", 500, "--batch-size", 2)
+    code, shown = run_on_a_terminal("skipcoder.py", *args)
+    assert code == 0, shown
+    said = [i for i, line in enumerate(shown) if "no document is held out" in line]
+    bar = next(i for i, line in enumerate(shown) if "%|" in line)
+    assert len(said) == 1 and said[0] < bar and str(text) in shown[said[0]]
+
+
+def test_the_learning_rate_rises_and_falls(tiny, tmp_path, monkeypatch):
+    """Over the first 5% of the run, and over its last half, to zero."""
+    factors, step = [], Trainer.step
+
+    def seen(trainer, x, y, lr_factor):
+        factors.append(lr_factor)
+        step(trainer, x, y, lr_factor)
+
+    monkeypatch.setattr(Trainer, "step", seen)
+    args = flags(tiny, tmp_path / "run", "--arch", "sae", "--tokens", 100 * 16 * 31)
+    assert run_here(skipcoder, *args) == 0
+    assert len(factors) == 100
+    assert factors[:5] == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9])
+    assert factors[5:50] == [1] * 45
+    assert factors[50:] == pytest.approx([0.99 - 0.02 * i for i in range(50)])
+
+
+@pytest.mark.parametrize("tokens, lr, step", [("2e6", 1.5e-3, 1024), ("32e6", 7.5e-4, 4096)])
+def test_the_recipe(tiny, tmp_path, monkeypatch, tokens, lr, step):
+    """The defaults of lr and of the rows in a step, by the number of tokens."""
+    given = []
+    monkeypatch.setattr(skipcoder, "train", given.append)
+    args = f"--model {tiny} --dataset {tiny}/text.jsonl --layer 1 --tokens {tokens}"
+    assert run_here(skipcoder, *args.split(), "--out", tmp_path / "run") == 0
+    assert given[0].lr == pytest.approx(lr)
+    assert given[0].ctx_len == 32 and given[0].batch_size == step // 32
 
 
 def test_a_coder_does_not_depend_on_its_neighbours(tiny, tmp_path):
-    """The same seed and data give the same weights, whichever coders are trained beside it; another seed, others."""
-    one = "--arch skip_transcoder".split()
-    for name, more in {"all": [], "one": one, "two": [*one, "--seed", 1]}.items():
-        assert run_here(skipcoder, *flags(tiny, tmp_path / name, *more)) == 0
-    assert [p.name for p in (tmp_path / "one").iterdir() if p.is_dir()] == ["skip_transcoder"]
-    weights = "skip_transcoder/h.1.mlp/sae.safetensors"
-    alone, beside, other = (load_file(tmp_path / out / weights) for out in ("one", "all", "two"))
-    for name in alone:
-        assert torch.equal(alone[name], beside[name]), name
-    assert not torch.equal(alone["W_dec"], other["W_dec"])
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_signals_save_what_there_is(tiny, tmp_path, number):
-    """Sent to every process of the group, as a terminal does; after SIGKILL, which none survives, files are whole."""
-    out, deadline = tmp_path / "run", time.time() + 90
-    code = "import skipcoder; skipcoder.LOG_EVERY = skipcoder.SAVE_EVERY = 0; skipcoder.main()"  # saves at each step
-    command = [sys.executable, "-c", code, *flags(tiny, out, "--tokens", "1e9")]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(command, **pipes, env=ALONE, cwd=ROOT, start_new_session=True)
-    while not all(
-        (out / name).exists() for name in ("config.json", "skip_transcoder/h.1.mlp/sae.safetensors")
-    ):
-        assert time.time() < deadline and process.poll() is None, "training did not start"
-        time.sleep(0.05)
-    time.sleep(0.31)  # several saves later
-    skipcoder.os.killpg(process.pid, number)
-    stdout, stderr = process.communicate(timeout=30)
-    config, coders = load_run(out)
-    assert set(coders) == set(ARCHS) and 0 < config["tokens_trained"] < 1e9
-    assert all(p.isfinite().all() for coder in coders.values() for p in coder.parameters())
-    if number != signal.SIGKILL:
-        assert process.returncode == 130 and "Traceback" not in stderr, stderr
-        last = f"stopped after {config['tokens_trained']:,} tokens; next: python eval.py {out}"
-        assert stdout.splitlines()[-1] == last and not list(out.rglob("*.tmp"))
-
-
-def test_a_first_save_that_is_cut_short_leaves_no_broken_run(tmp_path, monkeypatch):
-    """Killed between two of its renames: config.json, which makes a folder a run, comes last."""
-    config = dict(
-        out=tmp_path / "run",
-        hookpoint="h.1.mlp",
-        expansion=2,
-        num_latents=16,
-        d=8,
-        k=4,
-        arch=["sae"],
-    )
-    replace, renamed = skipcoder.Path.replace, []
-    monkeypatch.setattr(
-        skipcoder.Path, "replace", lambda path, to: (renamed.append(to.name), replace(path, to))
-    )
-    skipcoder.save_run(config, {"sae": skipcoder.Coder("sae", 8, 16, 4)})
-    assert renamed[-1] == "config.json", renamed
-
-
-def test_a_full_disk_loses_nothing(trained, tiny, tmp_path, capfd):
-    """A limit on the size of a file stands in for it: one line, and the run that was there is there as it was."""
-    resource = pytest.importorskip("resource")
-    out = shutil.copytree(trained, tmp_path / "run")
-    before, limits = contents(out), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))  # weights take 65 kB
-    try:
-        message = run_here(skipcoder, *flags(tiny, out, "--overwrite"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert (
-        message.startswith(f"error: --out {out}: ")
-        and "make room" in message
-        and "\n" not in message
-    )
-    assert before == contents(out)
-
-
-def test_an_existing_run_is_replaced_only_when_told_to_and_by_a_finite_one(trained, tiny, tmp_path):
-    out = shutil.copytree(trained, tmp_path / "run")
-    (other := out / "mine/h.1.mlp/cfg.json").parent.mkdir(parents=True)  # of something else
-    other.write_text("{}")
-    before = contents(out)
-    assert "pass --overwrite to replace it" in run_here(skipcoder, *flags(tiny, out))
-    message = run_here(skipcoder, *flags(tiny, out, "--overwrite", "--lr", "1e30"))
-    assert message.startswith("error: --lr 1e+30: the loss is not finite")
-    assert before == contents(out)
-    assert run_here(skipcoder, *flags(tiny, out, "--arch", "sae", "--seed", 3, "--overwrite")) == 0
-    config, coders = load_run(out)
-    assert config["seed"] == 3 and set(coders) == {"sae"} and other.read_text() == "{}"
+    """The same seed and data give the same weights, whichever coders are trained beside it."""
+    weights = {}
+    one = ["--arch", "skip_transcoder"]
+    for name, more in {"beside": [], "alone": one, "other": [*one, "--seed", 1]}.items():
+        out = tmp_path / name
+        assert run_here(skipcoder, *flags(tiny, out, *more)) == 0
+        weights[name] = load_file(out / "skip_transcoder" / FOLDER / "sae.safetensors")
+    folders = [path.name for path in (tmp_path / "alone").iterdir() if path.is_dir()]
+    assert folders == ["skip_transcoder"]
+    for name, tensor in weights["alone"].items():
+        assert torch.equal(tensor, weights["beside"][name]), name
+    assert not torch.equal(weights["alone"]["W_dec"], weights["other"]["W_dec"])
 
 
 def test_several_k_are_several_runs_in_one(tiny, tmp_path):
@@ -176,149 +218,291 @@ def test_several_k_are_several_runs_in_one(tiny, tmp_path):
     for out, ks in {"both": (8, 2), "two": (2,), "eight": (8,)}.items():
         assert run_here(skipcoder, *flags(tiny, tmp_path / out, "--k", *ks)) == 0
     config, both = load_run(tmp_path / "both")
-    assert config["k"] == [8, 2] and list(both) == [
-        f"{arch}-k{k}" for arch in ARCHS for k in (2, 8)
-    ]
-    last = json.loads((tmp_path / "both/log.jsonl").read_text().splitlines()[-1])
+    assert config["k"] == [8, 2]
+    assert list(both) == [f"{arch}-k{k}" for arch in ARCHS for k in (2, 8)]
+    fvu_of_both = read_log(tmp_path / "both")[-1]["fvu"]
+
     for k, out in ((2, "two"), (8, "eight")):
         config, alone = load_run(tmp_path / out)
-        log = json.loads((tmp_path / out / "log.jsonl").read_text().splitlines()[-1])
-        assert config["k"] == k and list(alone) == list(ARCHS)
+        assert config["k"] == [k] and list(alone) == list(ARCHS)
+        fvu = read_log(tmp_path / out)[-1]["fvu"]
         for arch in ARCHS:
             name = f"{arch}-k{k}"
-            assert both[name].k == alone[arch].k == k and both[name].arch == arch
-            assert log["fvu"][arch] == last["fvu"][name]
-            assert json.loads((tmp_path / "both" / name / "h.1.mlp/cfg.json").read_text())["k"] == k
+            assert both[name].k == alone[arch].k == k
+            assert both[name].arch == arch
+            assert fvu[arch] == fvu_of_both[name]
+            assert read_json(tmp_path / "both" / name / FOLDER / "cfg.json")["k"] == k
             for p, q in zip(both[name].parameters(), alone[arch].parameters()):
                 assert torch.equal(p, q)
 
 
-SIZES = dict(
-    vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2
-)
-FAMILIES = {
-    "gpt2": (transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=3, n_head=2), "h.1.mlp"),
-    "neox": (transformers.GPTNeoXConfig(**SIZES), "layers.1.mlp"),
-    "llama": (transformers.LlamaConfig(**SIZES, num_key_value_heads=2), "layers.1.mlp"),
-    "gemma": (
-        transformers.Gemma2Config(**SIZES, num_key_value_heads=1, head_dim=8),
-        "layers.1.mlp",
-    ),
+@pytest.mark.parametrize("ks", [[4], [2, 4]])
+def test_runs_of_earlier_versions_are_read(tiny, tmp_path, ks):
+    """In them a single k is a number, and neither config.json nor cfg.json says what they do now."""
+    out = tmp_path / "run"
+    assert run_here(skipcoder, *flags(tiny, out, "--k", *ks, "--tokens", 500)) == 0
+    _, before = load_run(out)
+    change_json(out / "config.json", coders=None, k=ks if len(ks) > 1 else ks[0])
+    for name in before:
+        change_json(out / name / FOLDER / "cfg.json", arch=None)
+    _, after = load_run(out)
+    assert list(after) == list(before)
+    for name, coder in after.items():
+        assert coder.arch == before[name].arch and coder.k == before[name].k
+        for p, q in zip(coder.parameters(), before[name].parameters()):
+            assert torch.equal(p, q)
+
+
+# ---- A run that ends too early --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_signals_save_what_there_is(tiny, tmp_path, number):
+    """Sent to every process of the group, as a terminal does. After SIGKILL files are whole."""
+    out, deadline = tmp_path / "run", time.time() + 90
+    # It saves at each step.
+    code = "import skipcoder; skipcoder.LOG_EVERY = skipcoder.SAVE_EVERY = 0; skipcoder.main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *flags(tiny, out, "--tokens", "1e9")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ALONE,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    last_files = "config.json", f"skip_transcoder/{FOLDER}/sae.safetensors"
+    while not all((out / name).exists() for name in last_files):
+        assert time.time() < deadline and process.poll() is None, "training did not start"
+        time.sleep(0.05)
+    time.sleep(0.31)  # several saves later
+    os.killpg(process.pid, number)
+    stdout, stderr = process.communicate(timeout=30)
+
+    config, coders = load_run(out)
+    trained = config["tokens_trained"]
+    assert set(coders) == set(ARCHS) and 0 < trained < 1e9
+    for coder in coders.values():
+        assert all(p.isfinite().all() for p in coder.parameters())
+    if number != signal.SIGKILL:
+        assert process.returncode == 130 and "Traceback" not in stderr, stderr
+        last = f"{trained:,} tokens done; next: python eval.py {out}"
+        assert stdout.splitlines()[-1] == last
+        assert not list(out.rglob("*.tmp"))
+
+
+def stop_in_step(monkeypatch, number: int, action):
+    """Do something within step `number` of the one coder that is trained."""
+    calls, step = [], Trainer.step
+
+    def stopping(trainer, *args):
+        calls.append(trainer)
+        step(trainer, *args)
+        if len(calls) == number:
+            action()
+
+    monkeypatch.setattr(Trainer, "step", stopping)
+    return calls
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_one_signal_ends_the_run_after_a_step_and_a_second_one_in_it(
+    tiny, tmp_path, monkeypatch, times
+):
+    """A second one need not wait for the step. What was trained is saved by both."""
+
+    def interrupt():
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        ended.append("step")
+
+    ended = []
+    calls = stop_in_step(monkeypatch, 3, interrupt)
+    out = tmp_path / "run"
+    assert run_here(skipcoder, *flags(tiny, out, "--arch", "sae")) == 130
+    assert len(calls) == 3 and len(ended) == 2 - times
+    config, _ = load_run(out)
+    assert config["tokens_trained"] == (4 - times) * 16 * 31
+
+
+def test_an_error_of_any_kind_in_the_middle_saves_what_was_trained(tiny, tmp_path, monkeypatch):
+    def fail():
+        raise RuntimeError("the device is gone")
+
+    stop_in_step(monkeypatch, 4, fail)
+    out = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        run_here(skipcoder, *flags(tiny, out, "--arch", "sae"))
+    config, coders = load_run(out)
+    assert config["tokens_trained"] == 3 * 16 * 31
+    assert list(coders) == ["sae"]
+
+
+TORN = {
+    "torn.jsonl": "JSON|Unterminated|Expecting",
+    "torn.jsonl.gz": "ended before",
+    "number.jsonl": "a text is of type int",
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_model_families(family, tmp_path, device):
-    """x and y are what the MLP of the whole model reads and writes, without position 0; later blocks never run."""
-    config, expected_name = FAMILIES[family]
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval().to(device)
-    tokens, seen, ran = torch.randint(64, (3, 12), device=device), {}, []
-    find_mlp(whole, 1)[2].register_forward_hook(
-        lambda module, args, output: seen.update(x=args[0], y=output)
-    )
-    with torch.no_grad():
-        whole(tokens)
+@pytest.mark.parametrize("name", TORN)
+def test_text_that_breaks_off_saves_what_was_trained(tiny, tmp_path, name):
+    """And is told in one line. (A pool of 16 rows, so that the end is read after some steps.)"""
+    out, path = tmp_path / "run", tmp_path / name
+    whole = (tiny / "text.jsonl").read_bytes()
+    content = {
+        "torn.jsonl": whole[:-50],
+        "torn.jsonl.gz": gzip.compress(whole)[:-50],
+        "number.jsonl": whole + b'{"text": 7}\n',
+    }
+    path.write_bytes(content[name])
+    code = "import skipcoder; skipcoder.SHUFFLE_ROWS = 16; skipcoder.main()"
+    args = flags(tiny, out, "--dataset", path, "--tokens", "1e7", "--arch", "sae")
+    exit_code, shown = run_on_a_terminal("-c", code, *args)
+    assert exit_code == 1
 
-    lm = skipcoder.load_lm(str(tmp_path), device)
-    name, blocks, mlp = find_mlp(lm, 1)
-    assert name == expected_name
-    for module in (blocks[2], lm.get_output_embeddings()):
-        module.register_forward_hook(lambda module, *_: ran.append(module))
-    del blocks[2:]
-    x, y = MLPActivations(lm, mlp)(tokens)
-    assert not ran and x.shape == y.shape == (3 * 11, 16)
-    torch.testing.assert_close(x, seen["x"][:, 1:].reshape(-1, 16))
-    torch.testing.assert_close(y, seen["y"][:, 1:].reshape(-1, 16))
-
-
-def test_outliers_are_replaced_by_the_token_before_them(tiny, device):
-    """Of tokens with |y| over ten times the median of the first call; the threshold stays as it is, and is saved."""
-    lm = skipcoder.load_lm(str(tiny), device)
-    mlp, factor = find_mlp(lm, 1)[2], torch.ones(3, 12, 1, device=device)
-    mlp.register_forward_hook(lambda module, args, output: output * factor)
-    tokens = torch.randint(300, (3, 12), device=device)
-    x, y = MLPActivations(lm, mlp)(tokens)
-    factor[0, 1:3] = factor[1, 5] = factor[1, 6] = factor[2, 3] = (
-        1000  # the first two of all, and three more
-    )
-    activations, index = MLPActivations(lm, mlp), torch.arange(33, device=device)
-    index[:2], index[15:17], index[24] = 2, 14, 23
-    for scale in (1, 2):
-        factor[:, 1:] *= scale
-        for a, whole in zip(activations(tokens), (x, scale * y)):
-            assert torch.equal(a, whole[index])
-        norms = y.norm(dim=1) * factor[:, 1:].flatten() / scale
-        assert activations.max_norm == pytest.approx(10 * norms.median().item())
-    assert torch.equal(
-        MLPActivations(lm, mlp, activations.max_norm * 1e6)(tokens)[0], x
-    )  # a threshold that is given
+    config, coders = load_run(out)
+    trained = config["tokens_trained"]
+    assert list(coders) == ["sae"] and 10_000 < trained < 1e6
+    *_, done, error, nothing = shown
+    assert nothing == ""
+    assert done == f"{trained:,} tokens done; next: python eval.py {out}"
+    assert error.startswith(f"error: --dataset {path}: {name}: ")
+    assert any(says in error for says in TORN[name].split("|")), error
+    assert sum("error" in line for line in shown) == 1 and "Traceback" not in "".join(shown)
 
 
-def test_mlps_that_cannot_be_coded(device):
-    """BLOOM's MLP adds the residual stream to its output, and a mixture of experts has no neurons of its own."""
-    mixture = transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=2)
-    mixture = transformers.AutoModelForCausalLM.from_config(mixture)
-    with pytest.raises(SystemExit, match="error: --layer 1: MixtralDecoderLayer has no dense .mlp"):
-        find_mlp(mixture, 1)
-    bloom = transformers.BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=2)
-    bloom = transformers.AutoModelForCausalLM.from_config(bloom).to(device)
-    with pytest.raises(SystemExit, match="error: --model: BloomMLP takes 2 inputs, not one"):
-        MLPActivations(bloom, find_mlp(bloom, 1)[2])(torch.randint(64, (2, 12), device=device))
+def test_a_first_save_that_is_cut_short_leaves_no_broken_run(tmp_path, monkeypatch):
+    """Killed between two renames: config.json, which makes a folder a run, comes last."""
+    config = {
+        "out": tmp_path / "run",
+        "coders": {"sae": f"sae/{FOLDER}"},
+        "expansion": 2,
+        "num_latents": 16,
+        "d": 8,
+    }
+    replace, renamed = skipcoder.Path.replace, []
+
+    def seen(path, to):
+        renamed.append(to.name)
+        replace(path, to)
+
+    monkeypatch.setattr(skipcoder.Path, "replace", seen)
+    skipcoder.save_run(config, {"sae": Coder("sae", 8, 16, 4)})
+    assert sorted(renamed) == ["cfg.json", "config.json", "sae.safetensors"]
+    assert renamed[-1] == "config.json"
 
 
-def test_two_processes(tiny, tmp_path):
-    """Under torchrun both ranks have the same coders, and a step is Adam's on the sum of both halves' gradients."""
-    code = """
+def test_a_full_disk_loses_nothing(trained, tiny, tmp_path):
+    """A limit on the size of a file stands in for it: one line, and the run is as it was."""
+    resource = pytest.importorskip("resource")
+    out = shutil.copytree(trained, tmp_path / "run")
+    before = contents(out)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))  # weights take 65 kB
+    try:
+        message = run_here(skipcoder, *flags(tiny, out, "--overwrite"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert message.startswith(f"error: --out {out}: ")
+    assert "make room" in message and "\n" not in message
+    assert before == contents(out)
+
+
+def test_an_existing_run_is_replaced_only_when_told_to_and_by_a_finite_one(trained, tiny, tmp_path):
+    out = shutil.copytree(trained, tmp_path / "run")
+    other = out / "mine" / FOLDER / "cfg.json"  # of something else
+    other.parent.mkdir(parents=True)
+    other.write_text("{}")
+    before = contents(out)
+
+    assert "pass --overwrite" in run_here(skipcoder, *flags(tiny, out))
+    message = run_here(skipcoder, *flags(tiny, out, "--overwrite", "--lr", "1e30"))
+    assert message.startswith("error: --lr 1e+30: the loss is not finite")
+    assert before == contents(out)
+
+    assert run_here(skipcoder, *flags(tiny, out, "--arch", "sae", "--seed", 3, "--overwrite")) == 0
+    config, coders = load_run(out)
+    assert config["seed"] == 3 and set(coders) == {"sae"}
+    assert other.read_text() == "{}"
+
+
+# ---- Several processes ----------------------------------------------------------------------
+
+TWO = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
 from skipcoder import *
-seen, init = [], Trainer.__init__
-Trainer.__init__ = lambda self, *args: (seen.append(self), init(self, *args))[1]
-try:
-    main()
-except SystemExit as exit_info:
-    assert exit_info.code == 0, exit_info
-for trainer in seen:  # what a run leaves on this rank is what it leaves on the other one
+
+# 1. A run: what it leaves on this rank is what it leaves on the other one.
+trainers, init = [], Trainer.__init__
+
+def seen(self, *args):
+    trainers.append(self)
+    init(self, *args)
+
+Trainer.__init__ = seen
+main()
+Trainer.__init__ = init
+for trainer in trainers:
     for p in (*trainer.coder.parameters(), trainer.silent):
         both = [torch.empty_like(p.data) for _ in range(2)]
         torch.distributed.all_gather(both, p.data)
         assert torch.equal(*both)
-Trainer.__init__ = init
-start, x, y = torch.randn(3, 64, 8, generator=torch.Generator().manual_seed(0)) * 3 + 1
+
+# 2. A step of both ranks is one of Adam's on the sum of both halves' gradients.
+numbers = torch.randn(3, 64, 8, generator=torch.Generator().manual_seed(0))
+start, x, y = numbers * 3 + 1
 halves = slice(0, 32), slice(32, 64)
+
+def new_trainer(arch):
+    trainer = Trainer(Coder(arch, 8, 40, 5), start, start * 2, 1e-2, dead_after=60)
+    trainer.coder.b_enc.data[7] -= 100  # a dead latent
+    return trainer
+
+def step_of_both(one, arch):
+    one.optimizer.zero_grad()
+    active = torch.zeros(40, dtype=torch.bool)
+    for half in halves:
+        y_hat, acts, indices = one.coder(x[half], y[half])
+        active[indices[acts > 0]] = True
+        error = (y[half] - y_hat).square().sum()
+        loss = error / (y[half] - y[half].mean(0)).square().sum()
+        loss.backward()
+    for group in one.optimizer.param_groups:
+        group["lr"] = 1e-2 * group["size"]
+    W = one.coder.W_dec
+    if arch == "sae":
+        W.grad -= (W.grad * W.data).sum(1, keepdim=True) * W.data
+    one.optimizer.step()
+    if arch == "sae":
+        W.data = F.normalize(W.data)
+    one.coder.b_enc.data += WAKE * one.s_z * (one.silent >= 60)
+    one.silent = torch.where(active, 0, one.silent + 64)
+
 for arch in ARCHS:
-    trainer, one = (Trainer(Coder(arch, 8, 40, 5), start, start * 2, 1e-2, dead_after=60) for _ in range(2))
-    for t in (trainer, one):
-        t.coder.b_enc.data[7] -= 100  # a dead latent
+    trainer, one = new_trainer(arch), new_trainer(arch)
     for _ in range(4):
         trainer.step(x[halves[RANK]], y[halves[RANK]], 1)
-        one.optimizer.zero_grad()
-        active = torch.zeros(40, dtype=torch.bool)
-        for half in halves:
-            y_hat, acts, indices = one.coder(x[half], y[half])
-            active[indices[acts > 0]] = True
-            ((y[half] - y_hat).square().sum() / (y[half] - y[half].mean(0)).square().sum()).backward()
-        for group in one.optimizer.param_groups:
-            group["lr"] = 1e-2 * group["unit"]
-        W = one.coder.W_dec
-        W.grad -= (W.grad * W.data).sum(1, keepdim=True) * W.data * (arch == "sae")
-        one.optimizer.step()
-        one.coder.b_enc.data += WAKE * one.s_z * (one.silent >= 60)
-        one.silent = torch.where(active, 0, one.silent + 64)
-        if arch == "sae":
-            W.data = F.normalize(W.data)
+        step_of_both(one, arch)
     assert one.silent[7] == 4 * 64
-    for p, q in zip((*trainer.coder.parameters(), trainer.silent), (*one.coder.parameters(), one.silent)):
+    torch.testing.assert_close(trainer.silent, one.silent)
+    for p, q in zip(trainer.coder.parameters(), one.coder.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 print("equal")
 torch.distributed.destroy_process_group()
 """
-    (tmp_path / "two.py").write_text(code)
+
+
+def test_two_processes(tiny, tmp_path):
+    """Under torchrun."""
+    (tmp_path / "two.py").write_text(TWO)
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
     done = run(*torchrun, tmp_path / "two.py", ROOT, *flags(tiny, tmp_path / "run"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("equal") == 2 and done.stdout.count("cpu x 2") == 1
+    assert done.stdout.count("equal") == 2
+    assert done.stdout.count("cpu x 2") == 1
     config, coders = load_run(tmp_path / "run")
     assert config["tokens_trained"] == 13 * 16 * 31  # the first multiple of a step over 6000
     assert coders["skip_transcoder"].W_skip.any()
