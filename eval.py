@@ -31,6 +31,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 from collections import defaultdict
 from itertools import islice
 from pathlib import Path
@@ -470,35 +471,41 @@ def evaluate(config, coders, args):
 
 # ---- The report as text ---------------------------------------------------------------------
 
-COLUMNS = {  # of the table, by the number of the report that each is about
-    "fvu": ("FVU", "{fvu:.4f}"),
-    "l0": ("L0", "{l0:.1f}"),
-    "dead": ("dead", "{dead:.1%}"),
-    "ce_increase": ("CE increase", "{ce_increase:.4f} ± {ce_increase_se:.4f}"),
-    "ce_recovered": ("recovered", "{ce_recovered:.1%}"),
-    "kl": ("KL", "{kl:.4f} ± {kl_se:.4f}"),
-    "intruder": ("intruder", "{intruder:.3f} ± {intruder_se:.3f}"),
-    "intruder_by_quantile": (
-        "top → lowest",
-        "{intruder_by_quantile[0]:.2f} → {intruder_by_quantile[4]:.2f}",
-    ),
-    "intruder_histogram": ("scores 0…1", "{bars}"),  # how many latents have each
+COLUMNS = {  # of the tables, by the number of the report that each is about
+    "fvu": ("FVU", "{:.4f}"),
+    "l0": ("L0", "{:.1f}"),
+    "dead": ("dead", "{:.1%}"),
+    "ce_increase": ("CE increase", "±"),
+    "ce_recovered": ("recovered", "{:.1%}"),
+    "kl": ("KL", "±"),
+    "intruder": ("intruder", "±"),
+    "intruder_by_quantile": ("top → lowest", "{0[0]:.2f} → {0[4]:.2f}"),
+    "intruder_histogram": ("scores 0…1", "bars"),  # how many latents have each
 }
 LOSSES = list(COLUMNS)[:6]
 SCORES = list(COLUMNS)[6:]
+
+
+def cell(row, key):
+    """Return a number of the report as text, empty where there is none."""
+    value, form = row.get(key), COLUMNS[key][1]
+    if value is None:
+        return ""
+    if form == "bars":
+        return "".join(" ▁▂▃▄▅▆▇█"[math.ceil(8 * share / max(value))] for share in value)
+    if form == "±":  # both with the digits that two digits of the error need
+        error = row[f"{key}_se"]
+        digits = 1 - math.floor(math.log10(error)) if error > 0 else 4
+        return f"{value:.{digits}f} ± {error:.{digits}f}"
+    return form.format(value)
 
 
 def table(report, keys=tuple(COLUMNS)):
     """Return a header and rows of cells, for those that have one of the numbers `keys`."""
     cells = [["", *(COLUMNS[key][0] for key in keys)]]
     for name, row in (report["coders"] | report["baselines"]).items():
-        if histogram := row.get("intruder_histogram"):
-            highest = max(histogram)
-            bars = "".join(" ▁▂▃▄▅▆▇█"[math.ceil(8 * share / highest)] for share in histogram)
-            row = row | {"bars": bars}
         if any(key in row for key in keys):
-            texts = ["" if row.get(k) is None else COLUMNS[k][1].format(**row) for k in keys]
-            cells.append([name, *texts])
+            cells.append([name, *(cell(row, key) for key in keys)])
     return cells
 
 
@@ -549,16 +556,18 @@ def compare(report, above, below):
     return [f"{where}, {above} scores {word} {below}: {difference:+.3f} ± {error:.3f}."]
 
 
-HOW_TO_READ = """\
-Lower is better for FVU (1: no better than the mean), CE increase and KL (nats per token). Higher
-is better for recovered (CE; 0%: the mean) and for the intruder score (chance is 0.2: null should
-be within 3 errors of it). ± is one standard error, over rows of text or over latents."""
+HOW_TO_READ = (
+    "Lower is better for FVU (1: no better than the mean), CE increase and KL (nats per token)."
+    " Higher is better for recovered (of CE; 0%: the mean) and for the intruder score (chance is"
+    " 0.2: null should be within 3 errors of it). ± is one standard error, over rows of text or"
+    " over latents."
+)
 
 
 def remarks(report):
     """Return what was evaluated, on what, how to read the tables, and what is missing."""
     run, rows = report["run"], report["coders"] | report["baselines"]
-    about = f"{run['hookpoint']} of {run['model']}: M {run['num_latents']:,}, k {run['k']}"
+    about = f"{run['hookpoint']} of {run['model']}: M {run['num_latents']:,}, k {' '.join(map(str, run['k']))}"
     if run["tokens_trained"]:
         about += f", seed {run['seed']}, {run['tokens_trained']:,} tokens of {run['dataset']}"
     where = f"{report['tokens']:,} held-out tokens. Cross-entropy is {report['clean_ce']:.4f} nats"
@@ -636,7 +645,8 @@ def main():
             content = chart(report, "ce_increase", "intruder")
         skipcoder.write(path, content + "\n", f"{name} {path}")
     tables = markdown(table(report, LOSSES)), markdown(table(report, SCORES))
-    print(*tables, *remarks(report), sep="\n\n")
+    notes = [textwrap.fill(line, 100) for line in remarks(report)]
+    print(*tables, *notes, sep="\n\n")
     for path in outputs.values():
         print(f"wrote {path}")
     if not args.html:
@@ -757,7 +767,6 @@ def chart(report, x, y):
         ]
 
     # For each architecture its name, a line, and markers. Pointing at one shows its numbers.
-    about = "{arch}, k {k}: " + ", ".join(" ".join(COLUMNS[key]) for key in (x, y))
     taken, labels = [(x_at(row[x]), y_at(row[y])) for row in rows], []
     for i, arch in enumerate(archs):
         color, marker = ARCHS[arch].color, MARKERS[ARCHS[arch].marker]
@@ -771,8 +780,9 @@ def chart(report, x, y):
             if row["arch"] == arch:
                 px, py = x_at(row[x]), y_at(row[y])
                 line.append(f"{px} {py}")
+                about = ", ".join(f"{COLUMNS[key][0]} {cell(row, key)}" for key in (x, y))
                 out += [
-                    f"<g><title>{about.format(**row)}</title>",
+                    f"<g><title>{arch}, k {row['k']}: {about}</title>",
                     f'<path d="M{px} {y_at(row["low"])}V{y_at(row["high"])}"/>',
                     f'<path transform="translate({px} {py})" d="{marker}"/></g>',
                 ]

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -106,12 +107,11 @@ def run_on_a_terminal(*command) -> tuple[int, list[str]]:
         [sys.executable, *map(str, command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
         env=ALONE | {"PYTHONUNBUFFERED": "1"},
         cwd=ROOT,
         timeout=120,
     )
-    return process.returncode, screen(process.stdout)
+    return process.returncode, screen(process.stdout.decode())
 
 
 def test_what_is_printed(tiny, tmp_path):
@@ -146,28 +146,24 @@ def test_what_is_printed(tiny, tmp_path):
     assert sum("%|" in line for line in shown) == 1, "the bar is shown once"
 
 
-def test_a_bar_fits_80_columns_with_12_coders(tiny, tmp_path):
-    code = "import sys, skipcoder; sys.argv[0] = 'skipcoder.py'; skipcoder.main()"
-    args = flags(tiny, tmp_path / "run", "--k", 1, 2, 3, 4, "--tokens", 2000)
-    done = run("-c", code, *args, COLUMNS="80")
-    assert done.returncode == 0, done.stderr
-    last = done.stderr.replace("\r", "\n").strip().splitlines()[-1]
-    fvu = read_log(tmp_path / "run")[-1]["fvu"].values()
+def test_a_bar_fits_80_columns_with_12_coders(tiny, tmp_path, capfd):
+    out = tmp_path / "run"
+    assert run_here(skipcoder, *flags(tiny, out, "--k", 1, 2, 3, 4, "--tokens", 2000)) == 0
+    last = capfd.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
+    fvu = read_log(out)[-1]["fvu"].values()
     assert len(fvu) == 12 and len(last) <= 80
     assert f"FVU {min(fvu):.3f} to {max(fvu):.3f}" in last
 
 
-def test_text_without_a_held_out_document_is_said_at_the_start(tiny, tmp_path):
+def test_text_without_a_held_out_document_is_said_at_the_start(tiny, tmp_path, capfd):
     """Training accepts what evaluation cannot use."""
     text = tmp_path / "text.txt"
     text.write_text("a line of a small text, all of it one document\n" * 90)
     assert not skipcoder.is_held_out(text.read_text())
     args = flags(tiny, tmp_path / "run", "--dataset", text, "--tokens", 500, "--batch-size", 2)
-    code, shown = run_on_a_terminal("skipcoder.py", *args)
-    assert code == 0, shown
-    said = [i for i, line in enumerate(shown) if "no document is held out" in line]
-    bar = next(i for i, line in enumerate(shown) if "%|" in line)
-    assert len(said) == 1 and said[0] < bar and str(text) in shown[said[0]]
+    assert run_here(skipcoder, *args) == 0
+    stdout = capfd.readouterr().out
+    assert stdout.splitlines()[0].startswith(f"--dataset {text}: no document is held out")
 
 
 def test_the_learning_rate_rises_and_falls(tiny, tmp_path, monkeypatch):
@@ -339,38 +335,51 @@ def test_an_error_of_any_kind_in_the_middle_saves_what_was_trained(tiny, tmp_pat
     assert list(coders) == ["sae"]
 
 
-TORN = {
-    "torn.jsonl": "JSON|Unterminated|Expecting",
-    "torn.jsonl.gz": "ended before",
-    "number.jsonl": "a text is of type int",
+WHOLE = "".join(
+    json.dumps({"text": f"{i} is the number of it"}) + "\n" for i in range(900)
+).encode()
+TORN = {  # content of a file, and what is said of it
+    "torn.jsonl": (WHOLE[:-9], "Unterminated string"),
+    "torn.jsonl.gz": (gzip.compress(WHOLE)[:-9], "ended before"),
+    "number.jsonl": (WHOLE + b'{"text": 7}', "a text is of type int"),
 }
 
 
 @pytest.mark.parametrize("name", TORN)
-def test_text_that_breaks_off_saves_what_was_trained(tiny, tmp_path, name):
-    """And is told in one line. (A pool of 16 rows, so that the end is read after some steps.)"""
+def test_text_that_breaks_off_saves_what_was_trained(tiny, tmp_path, monkeypatch, capfd, name):
+    """And is told in one line.
+
+    The pool of rows is small enough for the end of the text to be read after some steps.
+    """
+    monkeypatch.setattr(skipcoder, "SHUFFLE_ROWS", 16)
     out, path = tmp_path / "run", tmp_path / name
-    whole = (tiny / "text.jsonl").read_bytes()
-    content = {
-        "torn.jsonl": whole[:-50],
-        "torn.jsonl.gz": gzip.compress(whole)[:-50],
-        "number.jsonl": whole + b'{"text": 7}\n',
-    }
-    path.write_bytes(content[name])
-    code = "import skipcoder; skipcoder.SHUFFLE_ROWS = 16; skipcoder.main()"
+    content, says = TORN[name]
+    path.write_bytes(content)
     args = flags(tiny, out, "--dataset", path, "--tokens", "1e7", "--arch", "sae")
-    exit_code, shown = run_on_a_terminal("-c", code, *args)
-    assert exit_code == 1
+    message = run_here(skipcoder, *args)
+    assert message.startswith(f"error: --dataset {path}: {name}: ")
+    assert says in message and "\n" not in message
 
     config, coders = load_run(out)
     trained = config["tokens_trained"]
-    assert list(coders) == ["sae"] and 10_000 < trained < 1e6
-    *_, done, error, nothing = shown
-    assert nothing == ""
-    assert done == f"{trained:,} tokens done; next: python eval.py {out}"
-    assert error.startswith(f"error: --dataset {path}: {name}: ")
-    assert any(says in error for says in TORN[name].split("|")), error
-    assert sum("error" in line for line in shown) == 1 and "Traceback" not in "".join(shown)
+    assert list(coders) == ["sae"] and 2000 < trained < 50_000
+    stdout, stderr = capfd.readouterr()
+    assert stdout.splitlines()[-1] == f"{trained:,} tokens done; next: python eval.py {out}"
+    assert "Traceback" not in stderr and "error" not in stderr
+
+
+def test_an_error_starts_on_a_line_of_its_own(tiny, tmp_path):
+    """While the bar is open, after what was done."""
+    path = tmp_path / "text.jsonl"
+    path.write_bytes(WHOLE + b"{")
+    code = "import skipcoder; skipcoder.SHUFFLE_ROWS = 16; skipcoder.main()"
+    args = flags(tiny, tmp_path / "run", "--dataset", path, "--tokens", "1e7", "--arch", "sae")
+    exit_code, shown = run_on_a_terminal("-c", code, *args)
+    assert exit_code == 1
+    *_, bar, done, error, nothing = shown
+    assert "%|" in bar and nothing == ""
+    assert re.fullmatch(r"[\d,]+ tokens done; next: python eval.py \S+", done)
+    assert error.startswith(f"error: --dataset {path}: text.jsonl: ")
 
 
 def test_a_first_save_that_is_cut_short_leaves_no_broken_run(tmp_path, monkeypatch):
@@ -433,7 +442,10 @@ def test_an_existing_run_is_replaced_only_when_told_to_and_by_a_finite_one(train
 TWO = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
+import skipcoder
 from skipcoder import *
+
+skipcoder.fast_bfloat16 = lambda device: False
 
 # 1. A run: what it leaves on this rank is what it leaves on the other one.
 trainers, init = [], Trainer.__init__
