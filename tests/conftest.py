@@ -88,10 +88,11 @@ def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def change_json(path, **changes):
-    """Set keys of a JSON file; None deletes a key."""
+def change_json(path, remove=(), **changes):
+    """Set keys of a JSON file, and remove others."""
     content = read_json(path) | changes
-    content = {key: value for key, value in content.items() if value is not None}
+    for key in remove:
+        del content[key]
     path.write_text(json.dumps(content), encoding="utf-8")
 
 

@@ -238,9 +238,9 @@ def test_runs_of_earlier_versions_are_read(tiny, tmp_path, ks):
     out = tmp_path / "run"
     assert run_here(skipcoder, *flags(tiny, out, "--k", *ks, "--tokens", 500)) == 0
     _, before = load_run(out)
-    change_json(out / "config.json", coders=None, k=ks if len(ks) > 1 else ks[0])
+    change_json(out / "config.json", ["coders"], k=ks if len(ks) > 1 else ks[0])
     for name in before:
-        change_json(out / name / FOLDER / "cfg.json", arch=None)
+        change_json(out / name / FOLDER / "cfg.json", ["arch"])
     _, after = load_run(out)
     assert list(after) == list(before)
     for name, coder in after.items():
