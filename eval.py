@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Say how good the coders of a run are: what they miss, what the LM loses, how interpretable.
+"""Measure the coders of a run: what they miss, what they cost the LM, how interpretable they are.
 
     python eval.py runs/gpt2-layer6
 
@@ -7,15 +7,17 @@ It reads held-out documents, which training never saw. For each coder of the run
 
     FVU           sum |y - y_hat|^2 / sum |y - mean(y)|^2 over all tokens, as in training
     L0, dead      active latents per token; latents that are never active on these tokens
-    CE increase   by how much the LM's cross-entropy rises with y_hat in the MLP's place
-    CE recovered  the share of the harm, done by the mean of y in that place, that y_hat undoes
+    CE increase   CE(y_hat) - CE(clean), where CE(y_hat) is the cross-entropy of the LM's
+                  predictions with y_hat in place of the MLP's output
+    CE recovered  (CE(mean) - CE(y_hat)) / (CE(mean) - CE(clean)), with the mean of y in that place
     KL            KL(clean || patched) of the next-token distributions
-    intruder      how often the odd one of five contexts is found, where the latent is active on
-                  the other four: a proxy of interpretability (see `intruder_trials`)
+    intruder      of five contexts, the latent is active on four; the score is how often the fifth
+                  is picked out. This is a proxy of interpretability (see `intruder_trials`).
 
-CE and KL are in nats per token. Baselines say what a number means: for the first ones the best
-affine map from x to y, for the intruder score the MLP's own neurons, an untrained transcoder, and
-random tokens. In a row of T tokens these positions count:
+CE and KL are in nats per token. Baselines give these numbers a scale. For FVU, CE and KL it is the
+best affine map from x to y; for the intruder score these are the MLP's own neurons, an untrained
+transcoder, and random tokens. In a row of T tokens the following positions count. (LMs use position
+0 as an attention sink, with huge activations that say nothing about the text.)
 
     position             0    1    2   ...   T-2   T-1
     x, y, latents             *    *   ...    *     *
@@ -46,13 +48,15 @@ from transformers.pytorch_utils import Conv1D
 import skipcoder
 from skipcoder import ARCHS, Coder
 
-PREDICTING = slice(1, -1)  # positions whose next token is known, of those that count
+PREDICTING = slice(1, -1)  # the counted positions that have a next token
 PREDICTED = slice(2, None)  # the positions of these next tokens
-CE_TOKENS = 20_000  # CE and KL are of the first tokens only: each coder costs a pass of the LM
+CE_TOKENS = 20_000  # CE and KL use only about so many tokens, as each coder needs a pass of the LM
 
 TRIALS = 10  # intruder trials per latent
-FIFTHS = 5  # quantiles of a latent's activations that the trials are spread over
+FIFTHS = 5  # each trial is about one fifth of the latent's active tokens, sorted by act
 SHOWN = 4  # contexts of a trial on which the latent is active; one more is the intruder
+MIN_ACTIVE = 40  # a latent is scored if it is active on at least so many tokens, 8 in each fifth
+
 # What the report repeats of config.json.
 IN_REPORT = (
     "model",
@@ -64,29 +68,31 @@ IN_REPORT = (
     "tokens_trained",
     "versions",
 )
-MIN_ACTIVE = 40  # tokens on which a latent must be active to be scored: 8 in each fifth
 
 # ---- The LM, with and without something in the MLP's place ----------------------------------
 
 
 class PatchedLM:
-    """The LM with hooks on one MLP. A call leaves x, y, neurons and hidden, [rows, T, width]."""
+    """The LM with hooks on one MLP. A call sets self.x, y, neurons and hidden, [rows, T, width]."""
 
     def __init__(self, lm, layer):
         self.lm = lm
         mlp = skipcoder.find_mlp(lm, layer)[2]
         mlp.register_forward_hook(self.at_mlp)
-        # The neurons are what the last linear layer of the MLP reads: c_proj in GPT-2, down_proj
-        # in Llama.
+        # The neurons are the input of the MLP's last linear layer: c_proj in GPT-2, down_proj in
+        # Llama.
         linears = [m for m in mlp.modules() if isinstance(m, (nn.Linear, Conv1D))]
         linears[-1].register_forward_pre_hook(self.at_neurons)
+        # Our head replaces the LM's. It works in float32, since logits in bfloat16 have steps of
+        # 0.1 nats, it computes the wanted positions only, and it keeps what it reads.
         head = lm.get_output_embeddings()
-        self.weight = head.weight.float()  # logits in bfloat16 would have steps of 0.1 nats
+        self.weight = head.weight.float()
         self.bias = None if head.bias is None else head.bias.float()
         head.forward = self.head
 
     def at_mlp(self, mlp, args, output):
-        self.x = args[0].to(torch.float32, copy=True)  # blocks may change it in place later
+        # Make copies, since a block may add to these tensors in place afterwards.
+        self.x = args[0].to(torch.float32, copy=True)
         self.y = output.to(torch.float32, copy=True)
         return None if self.y_hat is None else self.y_hat.to(output.dtype, copy=True)
 
@@ -99,9 +105,10 @@ class PatchedLM:
 
     @torch.no_grad()
     def __call__(self, tokens, y_hat=None, logits=True):
-        """Return log p of the tokens from position 2 on, [rows, T - 2, vocabulary].
+        """Return log-probabilities over the vocabulary, [rows, T - 2, vocabulary].
 
-        With y_hat [rows, T, d] in place of the MLP's output. Without `logits` of no token.
+        They predict positions 2 to T - 1. If y_hat [rows, T, d] is given, it replaces the MLP's
+        output. With logits=False nothing is predicted, and only the hooks are of use.
         """
         self.y_hat = y_hat
         self.positions = PREDICTING if logits else slice(0)
@@ -124,7 +131,7 @@ class Moments:
         self.squares += vectors.square().sum().item()
 
     def variance(self):
-        """Return sum |v - mean(v)|^2."""
+        """Return sum |v - mean(v)|^2, which is not divided by the number of vectors."""
         return self.squares - self.total.square().sum().item() / self.number
 
 
@@ -134,9 +141,10 @@ def standard_error(values):
 
 
 def mean_and_error(values, counted):
-    """Return the mean of the counted values, and its standard error, which is over rows.
+    """Return the mean of the counted values and its standard error; both inputs are [rows, n].
 
-    values [rows, n]; counted [rows, n] is bool. Tokens of a row depend on one another.
+    Tokens of one row depend on one another, so the error comes from the differences between rows.
+    It is that of a ratio: the sum over all rows divided by the number of counted values.
     """
     sums, numbers = (values.double() * counted).sum(1), counted.double().sum(1)  # [rows] each
     mean = (sums.sum() / numbers.sum()).item()
@@ -157,10 +165,10 @@ def fit_affine(patched, batches, max_norm, device):
     """Return the best affine map from x to y, and the means of x and y.
 
     It is the least-squares solution A [d, d], b [d] of y = x A + b over all counted tokens. The
-    products of x with itself are singular, since a layer norm takes a dimension away. So 1e-6 of
-    the mean of their diagonal is added to it, which moves FVU by less than 1e-5.
+    matrix x^T x is singular, since a layer norm takes a dimension away. So 1e-6 of the mean of its
+    diagonal is added to the diagonal, which moves FVU by less than 1e-5.
     """
-    products = 0  # of x and 1 with x, 1 and y: [d + 1, 2 d + 1], in float64 on the CPU
+    products = 0  # (x, 1)^T (x, 1, y): [d + 1, 2 d + 1], in float64 on the CPU
     for tokens in batches:
         patched(tokens.to(device), logits=False)
         counted = counted_tokens(patched.y, max_norm)
@@ -168,48 +176,53 @@ def fit_affine(patched, batches, max_norm, device):
         y = patched.y[counted]
         products = products + (x.T @ torch.cat([x, y], 1)).cpu().double()
     d = y.shape[1]
-    xx, xy = products[:, : d + 1], products[:, d + 1 :]
+    xx, xy = products.split([d + 1, d], dim=1)
     ridge = 1e-6 * xx.diagonal().mean() * torch.eye(d + 1)
-    A = torch.linalg.solve(xx + ridge, xy)  # [d + 1, d]
-    means = products[d] / products[d, d]  # the row of the ones: sums of x, 1 and y
-    parts = A[:d], A[d], means[:d], means[d + 1 :]
-    return tuple(part.float().to(device) for part in parts)
+    A, b = torch.linalg.solve(xx + ridge, xy).split([d, 1])  # [d, d] and [1, d]
+    # The last row of the products holds the sums of x, 1 and y.
+    x_mean, _, y_mean = (products[d] / products[d, d]).split([d, 1, d])
+    return tuple(result.float().to(device) for result in (A, b[0], x_mean, y_mean))
 
 
 # ---- Second stage: one pass over held-out text ----------------------------------------------
 
 
 class Sample:
-    """What one pass over held-out text collects: lists have an entry per batch."""
+    """What one pass over held-out text collects. Each list has one entry per batch.
+
+    Counted tokens are numbered through, from 0: such a number is called a place.
+    """
 
     def __init__(self):
         self.tokens = []  # [rows, T]: all tokens read
         self.counted = []  # [rows, T]: which of them count
-        self.hidden = []  # [n, d]: the LM's last hidden state at those that count
-        self.active = defaultdict(list)  # by coder: see `active_entries`
+        self.hidden = []  # [n, d]: the LM's last hidden states at counted tokens
+        self.active = defaultdict(list)  # by name: (place, latent, act) of all active latents
         self.predicting = []  # [rows, T - 2]: which predictions count
-        self.ce, self.kl = defaultdict(list), defaultdict(list)  # [rows, T - 2]
-        self.y, self.y_all = Moments(), Moments()  # of counted tokens; of these and outliers
-        # Errors y - y_hat, by the name of what gave y_hat.
-        self.errors, self.errors_outliers = defaultdict(Moments), defaultdict(Moments)
-        self.errors_alone = defaultdict(Moments)  # by (skip transcoder, "latents" or "skip")
+        self.ce, self.kl = defaultdict(list), defaultdict(list)  # by name: [rows, T - 2]
+        self.y, self.y_all = Moments(), Moments()  # of counted tokens; the second with outliers
+        self.errors = defaultdict(Moments)  # by name: y - y_hat of counted tokens
+        self.errors_outliers = defaultdict(Moments)
+        # By name and part: the error of "latents" or "skip" of a skip transcoder by itself.
+        self.errors_alone = defaultdict(Moments)
 
 
-def active_entries(acts, indices, first_token):
-    """Return the active entries of acts, indices [n, k] as token, latent and act, [m] each."""
+def active_entries(acts, indices, first_place):
+    """Return (place, latent, act), [m] each, for all entries of acts, indices [n, k] above 0."""
     token, slot = (acts > 0).nonzero(as_tuple=True)
-    entries = token + first_token, indices[token, slot], acts[token, slot].float()
+    entries = token + first_place, indices[token, slot], acts[token, slot].float()
     return tuple(entry.cpu() for entry in entries)
 
 
 def read_held_out(patched, batches, coders, baselines, max_norm):
-    """Run the LM, the coders and the baselines on held-out text, and collect what they give."""
+    """Run the LM, the coders and the baselines on held-out text, and return a Sample."""
     sample, untrained = Sample(), baselines["untrained"]
     A, b, y_mean = baselines["A"], baselines["b"], baselines["y_mean"]
     device = y_mean.device
 
     def predict(x, y):
-        """Return what each coder gives for x, y [n, d], and y_hat [n, d] of all by their names."""
+        """Return the outputs of each coder, and y_hat of the coders and baselines, by name."""
+        # Coders get both x and y, since the autoencoder reads y and the transcoders read x.
         with torch.autocast(device.type, torch.bfloat16, enabled=skipcoder.fast_bfloat16(device)):
             coded = {name: coder(x, y) for name, coder in coders.items()}
         y_hats = {name: y_hat for name, (y_hat, _, _) in coded.items()}
@@ -224,26 +237,28 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
         x_rows, y_rows = patched.x, patched.y  # [rows, T, d] each
         counted = counted_tokens(y_rows, max_norm)  # [rows, T]
         x, y = x_rows[counted], y_rows[counted]  # [n, d] each
-        first_token = sample.y.number
+        first_place = sample.y.number  # the number of tokens counted so far
         sample.tokens.append(tokens.cpu())
         sample.counted.append(counted.cpu())
         sample.hidden.append(patched.hidden[counted].bfloat16().cpu())
 
-        # Which latents are active, of the coders and of what they are compared with.
+        # The active latents of each coder, of the untrained one, and the top neurons.
         neurons = patched.neurons[counted]  # [n, number of neurons]
         coded, y_hats = predict(x, y)
         entries = {name: (acts, indices) for name, (_, acts, indices) in coded.items()}
         entries["untrained"] = untrained.encode(x, y)
         entries["neurons"] = neurons.topk(min(untrained.k, neurons.shape[1]))
         for name, (acts, indices) in entries.items():
-            sample.active[name].append(active_entries(acts, indices, first_token))
+            sample.active[name].append(active_entries(acts, indices, first_place))
 
-        # Errors. Taking y_mean from y changes no variance, and keeps the digits of the sums.
+        # The errors. A shift changes no variance, and with this one no digits are lost in sums.
         sample.y.add(y - y_mean)
         sample.y_all.add(y - y_mean)
         for name, y_hat in y_hats.items():
             sample.errors[name].add(y - y_hat)
         for name, coder in coders.items():
+            # For a part by itself, `evaluate` takes the variance of its error. The mean of the
+            # error does not count there: each part gets the constant that suits it best.
             if coder.W_skip is not None:
                 skip = F.linear(x, coder.W_skip)
                 sample.errors_alone[name, "latents"].add(y - (y_hats[name] - skip))
@@ -271,7 +286,7 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
 
 
 def losses(sample, name):
-    """Return the numbers of the report on what stood in the MLP's place."""
+    """Return FVU, CE and KL of what stood in the MLP's place under this name."""
     counted = torch.cat(sample.predicting)
     ce, clean, mean = (torch.cat(sample.ce[key]) for key in (name, "clean", "mean"))
     increase, increase_se = mean_and_error(ce - clean, counted)
@@ -293,17 +308,17 @@ def losses(sample, name):
 # ---- Third stage: the intruder proxy --------------------------------------------------------
 
 
-class Latents:
-    """The active entries of one coder, sorted by latent and then by act, largest first."""
+class ActiveTokens:
+    """The places where each latent of a coder is active, and its acts there, largest first."""
 
     def __init__(self, entries, num_latents, num_tokens):
-        """entries: see `active_entries`, one for each batch."""
-        token, latent, act = (torch.cat(parts) for parts in zip(*entries))  # [m] each
+        """entries: from `active_entries`, one for each batch."""
+        place, latent, act = (torch.cat(parts) for parts in zip(*entries))  # [m] each
         order = act.argsort(descending=True, stable=True)
-        order = order[latent[order].argsort(stable=True)]
-        self.count = latent.bincount(minlength=num_latents)  # [M] tokens on which each is active
-        self.density = self.count.double() / num_tokens  # [M]
-        self.tokens = token[order].split(self.count.tolist())  # M tensors
+        order = order[latent[order].argsort(stable=True)]  # by latent, then by act
+        self.count = latent.bincount(minlength=num_latents)  # [M]
+        self.density = self.count.double() / num_tokens  # [M], shares of the tokens
+        self.places = place[order].split(self.count.tolist())  # M tensors
         self.acts = act[order].split(self.count.tolist())
 
     def draw(self, wanted, generator):
@@ -313,18 +328,19 @@ class Latents:
         return drawn[can_be_scored][:wanted].tolist()
 
 
-def intruder_trials(tokens_of_latents, num_tokens, generator):
-    """Return the tokens of all trials, int [latents, 10, 5]; the last of the five is the intruder.
+def intruder_trials(places, num_tokens, generator):
+    """Return the places of all trials, int [latents, 10, 5]; the last of the five is the intruder.
 
-    Intruder detection (Paulo & Belrose 2025, arXiv 2507.08473) without an explanation. If a latent
-    stands for one thing, the contexts on which it is active resemble one another, and one on which
-    it is silent stands out. The tokens of a latent, sorted by act, are cut into fifths. Trial t
-    draws 4 tokens of fifth t mod 5 (0 is the top fifth), and one token on which it is silent.
+    This is intruder detection (Paulo & Belrose 2025, arXiv 2507.08473), without a language model
+    that explains the latent. If a latent stands for one thing, the contexts on which it is active
+    resemble one another, and a context on which it is silent stands out. `places` has a tensor for
+    each latent, sorted by act, which is cut into fifths. Trial t draws 4 places of fifth t mod 5
+    (0 is the top fifth), and one place where the latent is silent.
     """
-    trials = torch.empty(len(tokens_of_latents), TRIALS, SHOWN + 1, dtype=torch.int64)
-    for of_latent, tokens in zip(trials, tokens_of_latents):
-        silent = torch.ones(num_tokens).index_fill(0, tokens, 0).nonzero().flatten()
-        fifths = tokens.tensor_split(FIFTHS)
+    trials = torch.empty(len(places), TRIALS, SHOWN + 1, dtype=torch.int64)
+    for of_latent, active in zip(trials, places):
+        silent = torch.ones(num_tokens).index_fill(0, active, 0).nonzero().flatten()
+        fifths = active.tensor_split(FIFTHS)
         for t, trial in enumerate(of_latent):
             fifth = fifths[t % FIFTHS]
             trial[:SHOWN] = fifth[torch.randperm(len(fifth), generator=generator)[:SHOWN]]
@@ -335,9 +351,9 @@ def intruder_trials(tokens_of_latents, num_tokens, generator):
 def intruder_found(trials, hidden, mean):
     """Return whether the intruder was found in each trial: bool [latents, 10]. Chance is 1/5.
 
-    The judge is the LM under study. A token stands for its context by the LM's last hidden state
-    there (hidden [N, d]), less the mean over the sample. The guess is the token whose cosine
-    similarities to the five of the trial have the smallest sum. (To itself it is 1 for all.)
+    The judge is the LM under study. Each context is represented by the LM's last hidden state at
+    its place (hidden [n, d]), minus the mean over the sample. The guess is the context with the
+    smallest sum of cosine similarities to all five. (That to itself is always 1.)
     """
     states = F.normalize(hidden[trials].float() - mean, dim=-1)  # [latents, 10, 5, d]
     similarity = states @ states.mT  # [latents, 10, 5, 5]
@@ -346,23 +362,30 @@ def intruder_found(trials, hidden, mean):
 
 def summary(found):
     """Return the score and its spread from bool [latents, 10]; None for fewer than two latents."""
+    keys = (
+        "intruder",
+        "intruder_se",
+        "intruder_sd",
+        "intruder_by_quantile",
+        "intruder_histogram",
+    )
     scores = found.double().mean(1)  # [latents]
     if len(scores) < 2:
-        keys = "intruder", "intruder_se", "intruder_sd", "intruder_by_quantile"
-        return dict.fromkeys([*keys, "intruder_histogram"]) | {"latents_scored": len(scores)}
+        return dict.fromkeys(keys) | {"latents_scored": len(scores)}
     right = found.sum(1)  # [latents], from 0 to 10
-    return {
-        "intruder": scores.mean().item(),
-        "intruder_se": standard_error(scores),
-        "intruder_sd": scores.std().item(),
-        "intruder_by_quantile": [found[:, q::FIFTHS].double().mean().item() for q in range(FIFTHS)],
-        "intruder_histogram": (right.bincount(minlength=TRIALS + 1) / len(right)).tolist(),
-        "latents_scored": len(scores),
-    }
+    values = (
+        scores.mean().item(),
+        standard_error(scores),
+        scores.std().item(),
+        # Trial t is about fifth t mod 5.
+        [found[:, q::FIFTHS].double().mean().item() for q in range(FIFTHS)],
+        (right.bincount(minlength=TRIALS + 1) / len(right)).tolist(),
+    )
+    return dict(zip(keys, values)) | {"latents_scored": len(scores)}
 
 
 def final_norm(lm):
-    """Return the norm that stands beside the list of blocks; GPT-1 has none."""
+    """Return the final norm, a sibling of the list of blocks. GPT-1 has none."""
     for module in lm.get_decoder().modules():
         parts = list(module.children())
         if any(isinstance(part, nn.ModuleList) for part in parts):
@@ -374,22 +397,27 @@ def final_norm(lm):
 def promoted(lm, W):
     """Return the five tokens [n, 5] that directions W [n, d] promote most.
 
-    That is, through the weights of the final norm and of the LM head.
+    The directions go through the final norm, without its bias, and the LM head.
     """
     norm, head = final_norm(lm), lm.get_output_embeddings().weight
     W = W.to(head.dtype)
-    return ((norm(W) - norm(torch.zeros_like(W))) @ head.T).topk(5).indices
+    bias = norm(torch.zeros_like(W))
+    return ((norm(W) - bias) @ head.T).topk(5).indices
 
 
 # ---- All stages -----------------------------------------------------------------------------
 
 
 def evaluate(config, coders, args):
-    """Return the report and, for the page, the tokens read, where they count, and the latents."""
+    """Return the report, and what the page needs besides it.
+
+    That is: tokens [rows, T], the index of each place in tokens.flatten(), for each coder its
+    scored latents (see the end of this function), and the tokenizer.
+    """
     device, ctx_len, max_norm = args.device, config["ctx_len"], config.get("max_norm", math.inf)
-    d, M = coders[next(iter(coders))].W_dec.shape[::-1]
-    k = sorted(coder.k for coder in coders.values())[len(coders) // 2]  # of the baselines
-    rows = max(1, 1024 // ctx_len)  # in a batch: predictions over the vocabulary are large
+    M, d = next(iter(coders.values())).W_dec.shape
+    k = sorted(coder.k for coder in coders.values())[len(coders) // 2]  # the median, for baselines
+    rows = max(1, 1024 // ctx_len)  # per batch; predictions over the vocabulary take much memory
 
     # Load the LM, and start to read both sides of the split.
     tokenizer = skipcoder.load_tokenizer(config["model"])
@@ -402,12 +430,13 @@ def evaluate(config, coders, args):
         sys.exit(f"error: RUN {args.run}: {config['model']} is {width} wide, the coders {d}")
     patched = PatchedLM(lm, config["layer"])
 
-    # Baselines, from training text. Fewer tokens than this would overfit the affine map by 0.5%.
+    # Baselines, from training text. With 200 tokens per dimension, overfitting of the affine map
+    # costs about 0.5% of its FVU.
     number = math.ceil(200 * d / rows / ctx_len)
     training = tqdm(islice(training, number), "affine map", number, leave=False)
     A, b, x_mean, y_mean = fit_affine(patched, training, max_norm, device)
     untrained = Coder("transcoder", d, M, k, seed=args.seed + 1).to(device).requires_grad_(False)
-    untrained.start(x_mean[None], y_mean[None])
+    untrained.start(x_mean[None], y_mean[None])  # set its biases
     baselines = {"A": A, "b": b, "y_mean": y_mean, "untrained": untrained}
 
     # One pass over held-out text.
@@ -418,16 +447,14 @@ def evaluate(config, coders, args):
     # Intruder scores. Each coder has a generator of its own: no score depends on the others.
     hidden = torch.cat(sample.hidden)  # [n, d]
     n, mean = len(hidden), hidden.float().mean(0)
-    latents, scored, found, promotes = {}, {}, {}, {}
+    active, scored, found = {}, {}, {}
     for name, entries in tqdm(sample.active.items(), "intruder trials", leave=False):
         generator = torch.Generator().manual_seed(args.seed)
         size = patched.neurons.shape[-1] if name == "neurons" else M
-        latents[name] = Latents(entries, size, n)
-        scored[name] = latents[name].draw(args.latents, generator)
-        tokens = [latents[name].tokens[j] for j in scored[name]]
-        found[name] = intruder_found(intruder_trials(tokens, n, generator), hidden, mean)
-        if name in coders:
-            promotes[name] = promoted(lm, coders[name].W_dec[scored[name]])
+        active[name] = ActiveTokens(entries, size, n)
+        scored[name] = active[name].draw(args.latents, generator)
+        places = [active[name].places[j] for j in scored[name]]
+        found[name] = intruder_found(intruder_trials(places, n, generator), hidden, mean)
     generator = torch.Generator().manual_seed(args.seed)
     chance = torch.randint(n, (args.latents, TRIALS, SHOWN + 1), generator=generator)
     found["null"] = intruder_found(chance, hidden, mean)
@@ -451,27 +478,31 @@ def evaluate(config, coders, args):
     }
     for name, coder in coders.items():
         row = {"arch": coder.arch, "k": coder.k}
-        row["l0"] = latents[name].density.sum().item()
-        row["dead"] = (latents[name].count == 0).double().mean().item()
+        row["l0"] = active[name].density.sum().item()
+        row["dead"] = (active[name].count == 0).double().mean().item()
         report["coders"][name] = row | losses(sample, name) | summary(found[name])
-    for (name, part), errors in sample.errors_alone.items():  # with the best constant added
+    for (name, part), errors in sample.errors_alone.items():
         report["coders"][name][f"fvu_{part}_alone"] = errors.variance() / sample.y.variance()
     for name in ("neurons", "untrained", "null"):
         report["baselines"][name] = summary(found[name])
 
-    # What the page shows of each coder's scored latents.
-    promotes["neurons"] = torch.empty(len(scored["neurons"]), 0)
+    # For the page: by scored latent its places and acts, whether intruders were found, the density
+    # of all latents, and the tokens that scored latents promote.
     shown = {}
-    for name, top in promotes.items():
-        active = {j: (latents[name].tokens[j], latents[name].acts[j]) for j in scored[name]}
-        shown[name] = active, found[name], latents[name].density, top
-    places = torch.cat(sample.counted).flatten().nonzero().flatten()
-    return report, (torch.cat(sample.tokens), places, shown, tokenizer)
+    for name in (*coders, "neurons"):
+        latents = {j: (active[name].places[j], active[name].acts[j]) for j in scored[name]}
+        top = torch.empty(len(latents), 0)
+        if name in coders:
+            top = promoted(lm, coders[name].W_dec[scored[name]])
+        shown[name] = latents, found[name], active[name].density, top
+    where = torch.cat(sample.counted).flatten().nonzero().flatten()
+    return report, (torch.cat(sample.tokens), where, shown, tokenizer)
 
 
 # ---- The report as text ---------------------------------------------------------------------
 
-COLUMNS = {  # of the tables, by the number of the report that each is about
+# The columns of the tables: the key in the report, the heading, and the format (see `cell`).
+COLUMNS = {
     "fvu": ("FVU", "{:.4f}"),
     "l0": ("L0", "{:.1f}"),
     "dead": ("dead", "{:.1%}"),
@@ -480,10 +511,9 @@ COLUMNS = {  # of the tables, by the number of the report that each is about
     "kl": ("KL", "±"),
     "intruder": ("intruder", "±"),
     "intruder_by_quantile": ("top → lowest", "{0[0]:.2f} → {0[4]:.2f}"),
-    "intruder_histogram": ("scores 0…1", "bars"),  # how many latents have each
+    "intruder_histogram": ("scores 0…1", "bars"),
 }
-LOSSES = list(COLUMNS)[:6]
-SCORES = list(COLUMNS)[6:]
+FIDELITY, SCORES = list(COLUMNS)[:6], list(COLUMNS)[6:]  # a table each
 
 
 def cell(row, key):
@@ -491,9 +521,9 @@ def cell(row, key):
     value, form = row.get(key), COLUMNS[key][1]
     if value is None:
         return ""
-    if form == "bars":
+    if form == "bars":  # a histogram
         return "".join(" ▁▂▃▄▅▆▇█"[math.ceil(8 * share / max(value))] for share in value)
-    if form == "±":  # both with the digits that two digits of the error need
+    if form == "±":  # rounded so that the error has two significant digits
         error = row[f"{key}_se"]
         digits = 1 - math.floor(math.log10(error)) if error > 0 else 4
         return f"{value:.{digits}f} ± {error:.{digits}f}"
@@ -523,51 +553,53 @@ def markdown(cells):
 
 
 def score_line(report, arch):
-    """Return log CE increase, intruder score and its error for the k of an architecture, sorted."""
+    """Return log CE increase, score and its error of the coders of an architecture, sorted."""
     rows = [row for row in report["coders"].values() if row["arch"] == arch]
     rows = [row for row in rows if row["intruder"] is not None and row["ce_increase"] > 0]
     points = sorted((math.log(r["ce_increase"]), r["intruder"], r["intruder_se"]) for r in rows)
     return tuple(np.array(points).reshape(-1, 3).T)
 
 
-def compare(report, above, below):
+def compare(report, arch, other):
     """Return a sentence on the scores of two architectures at equal CE increase.
 
-    It gives their mean difference over log CE increase, where the lines through all k overlap.
-    Its error comes from drawing the scores anew 1,000 times. No overlap, no sentence.
+    It gives their mean difference over log CE increase, where the lines through all k overlap. Its
+    error is that of 1,000 repetitions with normal noise of the size of the scores' own errors.
+    Without an overlap there is no sentence.
     """
-    lines = [score_line(report, arch) for arch in (above, below)]
+    lines = [score_line(report, name) for name in (arch, other)]
     if not all(len(x) for x, _, _ in lines):
         return []
     low, high = max(x[0] for x, _, _ in lines), min(x[-1] for x, _, _ in lines)
     if low >= high:
         return []
     at, random = np.linspace(low, high, 101), np.random.default_rng(0)
-    means = []  # for each line, of the scores as they are and of 1,000 that are drawn
+    means = []  # for each line, of the scores as they are and of 1,000 with noise
     for x, score, error in lines:
-        drawn = score + error * random.standard_normal((1000, len(x)))
-        means.append([np.interp(at, x, scores).mean() for scores in [score, *drawn]])
+        noisy = score + error * random.standard_normal((1000, len(x)))
+        means.append([np.interp(at, x, scores).mean() for scores in [score, *noisy]])
     differences = np.subtract(*means)
     difference, error = differences[0], differences[1:].std()
     word = "above" if difference > 0 else "below"
     if abs(difference) < 2 * error:
         word = "no different from"
     where = f"At equal CE increase, from {math.exp(low):.2g} to {math.exp(high):.2g} nats"
-    return [f"{where}, {above} scores {word} {below}: {difference:+.3f} ± {error:.3f}."]
+    return [f"{where}, {arch} scores {word} {other}: {difference:+.3f} ± {error:.3f}."]
 
 
 HOW_TO_READ = (
     "Lower is better for FVU (1: no better than the mean), CE increase and KL (nats per token)."
-    " Higher is better for recovered (of CE; 0%: the mean) and for the intruder score (chance is"
-    " 0.2: null should be within 3 errors of it). ± is one standard error, over rows of text or"
-    " over latents."
+    " Higher is better for CE recovered (0%: as bad as the mean) and for the intruder score (chance"
+    " is 0.2, and null should be within 3 errors of it). ± is one standard error, over rows of text"
+    " or over latents."
 )
 
 
 def remarks(report):
     """Return what was evaluated, on what, how to read the tables, and what is missing."""
     run, rows = report["run"], report["coders"] | report["baselines"]
-    about = f"{run['hookpoint']} of {run['model']}: M {run['num_latents']:,}, k {' '.join(map(str, run['k']))}"
+    ks = " ".join(map(str, run["k"]))
+    about = f"{run['hookpoint']} of {run['model']}: M {run['num_latents']:,}, k {ks}"
     if run["tokens_trained"]:
         about += f", seed {run['seed']}, {run['tokens_trained']:,} tokens of {run['dataset']}"
     where = f"{report['tokens']:,} held-out tokens. Cross-entropy is {report['clean_ce']:.4f} nats"
@@ -590,8 +622,8 @@ def remarks(report):
     if left_out["tokens"] > 0:
         fvu_all = [f"{n} {row['fvu_all']:.4f}" for n, row in rows.items() if "fvu_all" in row]
         lines.append(
-            f"Left out as outliers: {left_out['tokens']:.2%} of the tokens, which hold"
-            f" {left_out['variance']:.1%} of the variance of y. FVU with them: {', '.join(fvu_all)}."
+            f"Left out as outliers: {left_out['tokens']:.2%} of the tokens, with"
+            f" {left_out['variance']:.1%} of the variance of y. With them FVU is {', '.join(fvu_all)}."
         )
     if run["tokens_trained"] and run["tokens_trained"] < run["tokens"]:
         lines.append(f"The run was stopped early: {run['tokens']:,} tokens were asked for.")
@@ -644,7 +676,7 @@ def main():
         else:
             content = chart(report, "ce_increase", "intruder")
         skipcoder.write(path, content + "\n", f"{name} {path}")
-    tables = markdown(table(report, LOSSES)), markdown(table(report, SCORES))
+    tables = markdown(table(report, FIDELITY)), markdown(table(report, SCORES))
     notes = [textwrap.fill(line, 100) for line in remarks(report)]
     print(*tables, *notes, sep="\n\n")
     for path in outputs.values():
@@ -687,22 +719,23 @@ text { font: 14px system-ui, sans-serif; stroke: none; fill: currentColor }
 
 
 def svg_text(x, y, words, anchor="start"):
-    """A text whose middle has the height y."""
+    """Return a text whose middle is at height y."""
     return f'<text x="{x}" y="{y}" dy=".35em" text-anchor="{anchor}">{words}</text>'
 
 
 def axis(numbers, start, end):
-    """Where a number lies between the pixels start and end, and round numbers to mark.
+    """Return a function from numbers to pixels between start and end, and round numbers to mark.
 
-    From a factor of six between the numbers on, the axis is logarithmic. Others span at least half
-    of the largest number, so that small differences look small.
+    If the numbers differ by more than a factor of six, the axis is logarithmic. Otherwise it spans
+    at least half of the largest number, so that small differences look small.
     """
     low, high = min(numbers), max(numbers)
     log = 0 < 6 * low < high
-    span = 0 if log else max(high, -low) / 2
+    least_span = 0 if log else max(high, -low) / 2
     scale = math.log10 if log else float
     low, high = scale(low), scale(high)
-    margin = max(0.08 * (high - low), (span - high + low) / 2) or 1
+    # The margin at either end is 8% of the span, or more where the span would be too small.
+    margin = max(0.08 * (high - low), (least_span - (high - low)) / 2) or 1
     low, high = low - margin, high + margin
 
     marks = [digit * 10.0**power for power in range(-9, 9) for digit in (1, 2, 5)]
@@ -717,7 +750,7 @@ def axis(numbers, start, end):
 
 
 def free_spot(x, y, taken):
-    """Of the places around a marker, the one with the fewest markers and labels near it."""
+    """Return the spot around a marker with the fewest markers and labels near it."""
 
     def crowd(spot):
         return sum(abs(spot[0] - a) < 14 and abs(spot[1] - b) < 12 for a, b in taken)
@@ -726,7 +759,7 @@ def free_spot(x, y, taken):
 
 
 def chart(report, x, y):
-    """An SVG of two columns of the table: for each architecture a line through its k.
+    """Return an SVG of two columns of the table, with a line through the k of each architecture.
 
     Error bars reach two standard errors of y up and down.
     """
@@ -734,8 +767,10 @@ def chart(report, x, y):
     if not rows:
         return SVG + svg_text(5, 16, "no latents could be scored") + "</svg>"
     archs = list(dict.fromkeys(row["arch"] for row in rows))
-    others = {"chance": {y: 0.2}} | report["baselines"] if y == "intruder" else {}
-    baselines = [(row[y], name) for name, row in others.items() if row.get(y) and name != "null"]
+    baselines = []
+    if y == "intruder":
+        others = {"chance": {y: 0.2}} | report["baselines"]
+        baselines = [(row[y], n) for n, row in others.items() if row.get(y) and n != "null"]
 
     # The axes, and above them a legend with three architectures in a row.
     top = 30 + 18 * math.ceil(len(archs) / 3)
@@ -757,7 +792,8 @@ def chart(report, x, y):
         *(svg_text(LEFT - 6, y_at(mark), f"{mark:.6g}", "end") for mark in y_marks),
     ]
 
-    # Baselines are dashed lines. Their names move up where they would cover one another.
+    # Baselines are dashed lines. Where their names would overlap, the higher one moves up. (Heights
+    # are counted from the top, so up means less.)
     name_y = math.inf
     for score, name in sorted(baselines):
         name_y = min(y_at(score), name_y - 14)
@@ -786,20 +822,21 @@ def chart(report, x, y):
                     f'<path d="M{px} {y_at(row["low"])}V{y_at(row["high"])}"/>',
                     f'<path transform="translate({px} {py})" d="{marker}"/></g>',
                 ]
-                taken.append(free_spot(px, py, taken))
-                labels.append(svg_text(*taken[-1], row["k"], "middle"))
+                spot = free_spot(px, py, taken)
+                taken.append(spot)
+                labels.append(svg_text(*spot, row["k"], "middle"))
         out.append(f'<path fill="none" stroke-width="1.5" d="M{"L".join(line)}"/></g>')
     return "".join([*out, '<g class="k">', *labels, "</g></svg>"])
 
 
 # Control characters, and characters that take no room or turn the direction of a text.
 UNSEEN = "[\0-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]"
-# What a token reads as that is blank, a control character, or a part of a character.
+# The texts of tokens with nothing to see: blanks, control characters, parts of characters.
 EMPTY = r"([ ↵⇥]|\\u[0-9a-f]{4})*|.*�.*"
 
 
 def legible(tokenizer, tokens):
-    """The text that each token adds to those before it, with visible line ends and controls.
+    """Return the text that each token adds to those before it. Line ends and controls are visible.
 
     A character that several tokens share stands at the last of them, and the others are empty.
     """
@@ -819,21 +856,21 @@ def legible(tokenizer, tokens):
     return texts
 
 
-# The page stays under 4 MB with so many latents in all and so many tokens on each side of a peak.
-ON_PAGE, AROUND = 2000, 12
+ON_PAGE = 2000  # latents in all, which keeps the page under 4 MB
+AROUND = 12  # tokens on each side of the token that a context is about
 
 
-def contexts(tokens, acts, words, width):
-    """Of a latent: four contexts with its largest activations, the middle one of each lower fifth.
+def contexts(active, acts, words, width):
+    """Return four contexts with the latent's largest acts, and the middle one of each lower fifth.
 
-    tokens [m] are places in words, which has rows of that width. A context is (index of the peak,
-    words, a digit for each activation, of which 9 is the latent's largest).
+    active [m] says where in `words` the latent is active, and a row has `width` words. A context is
+    (index of the peak, words, for each word a digit for its act, relative to the largest, a 9).
     """
     digits = (acts / acts.max() * 9).ceil().int()
-    digit = dict(zip(tokens.tolist(), digits.tolist()))
-    n, found = len(tokens), []
+    digit = dict(zip(active.tolist(), digits.tolist()))
+    n, found = len(active), []
     for rank in (0, 1, 2, 3, 0.3 * n, 0.5 * n, 0.7 * n, 0.9 * n):
-        peak = tokens[int(rank)].item()
+        peak = active[int(rank)].item()
         row = peak - peak % width
         window = range(max(peak - AROUND, row), min(peak + AROUND + 1, row + width))
         levels = "".join(str(digit.get(i, 0)) for i in window)
@@ -841,22 +878,25 @@ def contexts(tokens, acts, words, width):
     return found
 
 
-def page(report, seen, places, latents, tokenizer):
-    """One self-contained HTML page: pictures, the table, and the scored latents."""
-    # Each text of a token is on the page once. A new one gets the next number.
+def page(report, tokens, where, shown, tokenizer):
+    """Return one self-contained HTML page: pictures, the table, and the scored latents.
+
+    The arguments are what `evaluate` returns.
+    """
+    # Each text of a token is on the page only once. A new one gets the next number.
     numbers = defaultdict(lambda: len(numbers))
-    words = [numbers[word] for row in seen.tolist() for word in legible(tokenizer, row)]
+    words = [numbers[word] for row in tokens.tolist() for word in legible(tokenizer, row)]
     coders, sizes = {}, {}
-    for name, (active, found, density, promotes) in latents.items():
-        coders[name], sizes[name] = [], (len(active), len(density))
-        scored = list(zip(active, found, promotes))
-        for latent, right, best in scored[: ON_PAGE // len(latents)]:
-            tokens, acts = active[latent]
-            # Promoted tokens with nothing to see would say nothing.
+    for name, (latents, found, density, promotes) in shown.items():
+        coders[name], sizes[name] = [], (len(latents), len(density))
+        scored = list(zip(latents, found, promotes))
+        for latent, right, best in scored[: ON_PAGE // len(shown)]:
+            places, acts = latents[latent]
+            # Leave out promoted tokens with nothing to see.
             promoted = [legible(tokenizer, [token])[0] for token in best.tolist()]
             promoted = [numbers[word] for word in promoted if not re.fullmatch(EMPTY, word)]
             about = map(float, (right.double().mean(), density[latent], acts.max()))
-            lines = contexts(places[tokens], acts, words, seen.shape[1])
+            lines = contexts(where[places], acts, words, tokens.shape[1])
             coders[name].append((latent, *about, lines, promoted))
 
     rows = report["coders"]

@@ -809,7 +809,7 @@ def at_least(least, kind=int):
 
     def number(text):
         if not least <= kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {least}")
+            raise argparse.ArgumentTypeError(f"{text} is below {least}, or not finite")
         return kind(text)
 
     return number
