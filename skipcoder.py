@@ -35,6 +35,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
 import time
 import zlib
@@ -42,8 +43,11 @@ from contextlib import contextmanager
 from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import datasets.distributed
+import huggingface_hub.constants
 import torch
 import torch.nn.functional as F
 import transformers
@@ -829,6 +833,16 @@ def pick_device(name):
         sys.exit(f"error: --device {name}: {reason} (use cpu, cuda, mps, xpu or auto)")
 
 
+def check_hub(dataset):
+    """Exit if the hub cannot be reached. (Its own library would try for half a minute.)"""
+    hub = urlsplit(huggingface_hub.constants.ENDPOINT)
+    if huggingface_hub.constants.HF_HUB_OFFLINE or getproxies():
+        return
+    hint = "without it: python tests/tiny_gpt2.py, then --model runs/tiny-gpt2 --dataset"
+    with one_line(f"--dataset {dataset}: no {hub.hostname}", f"{hint} runs/tiny-gpt2/text.jsonl"):
+        socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
+
+
 def parse(parser):
     """Parse the flags of either script, and do what both begin with."""
     parser.error = lambda message: sys.exit(f"error: {message}")  # one line, without the usage
@@ -868,6 +882,8 @@ def main():
     args.tokens = math.ceil(args.tokens)
     if len(set(args.k)) < len(args.k):
         sys.exit(f"error: --k {' '.join(map(str, args.k))}: give each number once")
+    if not Path(args.dataset).exists():
+        check_hub(args.dataset)
     if WORLD > 1:
         torch.distributed.init_process_group()
     with one_line(f"--model {args.model}", MODEL_HINT):
