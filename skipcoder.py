@@ -397,7 +397,7 @@ def read_records(source):
             if file_format(source) == ".txt":
                 while document := "".join(islice(lines, LINES)):
                     yield {"text": document}
-            elif lines.read(1) == "[":  # the whole file is one JSON list
+            elif lines.read(100).lstrip().startswith("["):  # the whole file is one JSON list
                 lines.seek(0)
                 yield from json.load(lines)
             else:  # each line is a JSON object
@@ -409,8 +409,10 @@ def read_texts(sources):
     """Yield the text of each document. Raises DataError if a source cannot be read."""
     for source in sources:
         try:
-            for record in read_records(source):
-                text = record["text"] if isinstance(record, dict) else record
+            for number, text in enumerate(read_records(source)):
+                if isinstance(text, dict):
+                    # A record may have no text, but if the first has none, the column is missing.
+                    text = text["text"] if number == 0 else text.get("text")
                 if isinstance(text, str):
                     # JSON may hold half a surrogate pair, which tokenizers refuse: write "?".
                     yield text.encode("utf-8", "replace").decode()
