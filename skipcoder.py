@@ -583,7 +583,8 @@ def train(args):
 
     def ask_to_stop(number, frame):
         stop.fill_(1)
-        tqdm.write("stopping after this step; once more to stop at once")
+        if RANK == 0:
+            tqdm.write("stopping after this step; once more to stop at once")
         signal.signal(number, signal.default_int_handler)  # it raises KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):
