@@ -137,7 +137,9 @@ class Moments:
 
 def standard_error(values):
     """Return the standard error of the mean of independent values [n]."""
-    return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else 0.0
+    if len(values) < 2:
+        return 0.0
+    return values.std().item() / len(values) ** 0.5
 
 
 def mean_and_error(values, counted):
@@ -146,7 +148,8 @@ def mean_and_error(values, counted):
     Tokens of one row depend on one another, so the error comes from the differences between rows.
     It is that of a ratio: the sum over all rows divided by the number of counted values.
     """
-    sums, numbers = (values.double() * counted).sum(1), counted.double().sum(1)  # [rows] each
+    sums = (values.double() * counted).sum(1)  # [rows]
+    numbers = counted.double().sum(1)  # [rows]
     mean = (sums.sum() / numbers.sum()).item()
     return mean, standard_error((sums - mean * numbers) / numbers.mean())
 
@@ -174,14 +177,16 @@ def fit_affine(patched, batches, max_norm, device):
         counted = counted_tokens(patched.y, max_norm)
         x = F.pad(patched.x[counted], (0, 1), value=1)  # [n, d + 1]
         y = patched.y[counted]
-        products = products + (x.T @ torch.cat([x, y], 1)).cpu().double()
+        batch = x.T @ torch.cat([x, y], 1)
+        products = products + batch.cpu().double()
     d = y.shape[1]
     xx, xy = products.split([d + 1, d], dim=1)
     ridge = 1e-6 * xx.diagonal().mean() * torch.eye(d + 1)
     A, b = torch.linalg.solve(xx + ridge, xy).split([d, 1])  # [d, d] and [1, d]
     # The last row of the products holds the sums of x, 1 and y.
-    x_mean, _, y_mean = (products[d] / products[d, d]).split([d, 1, d])
-    return tuple(result.float().to(device) for result in (A, b[0], x_mean, y_mean))
+    means = products[d] / products[d, d]
+    x_mean, _, y_mean = means.split([d, 1, d])
+    return [result.float().to(device) for result in (A, b[0], x_mean, y_mean)]
 
 
 # ---- Second stage: one pass over held-out text ----------------------------------------------
@@ -210,8 +215,15 @@ class Sample:
 def active_entries(acts, indices, first_place):
     """Return (place, latent, act), [m] each, for all entries of acts, indices [n, k] above 0."""
     token, slot = (acts > 0).nonzero(as_tuple=True)
-    entries = token + first_place, indices[token, slot], acts[token, slot].float()
-    return tuple(entry.cpu() for entry in entries)
+    place, latent = token + first_place, indices[token, slot]
+    act = acts[token, slot].float()
+    return place.cpu(), latent.cpu(), act.cpu()
+
+
+def cross_entropies(log_p, tokens):
+    """Return the cross-entropies [rows, T - 2] of predictions log_p [rows, T - 2, vocabulary]."""
+    following = tokens[:, PREDICTED, None]
+    return -log_p.gather(-1, following).squeeze(-1).cpu()
 
 
 def read_held_out(patched, batches, coders, baselines, max_norm):
@@ -226,7 +238,9 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
         with torch.autocast(device.type, torch.bfloat16, enabled=skipcoder.fast_bfloat16(device)):
             coded = {name: coder(x, y) for name, coder in coders.items()}
         y_hats = {name: y_hat for name, (y_hat, _, _) in coded.items()}
-        y_hats |= {"affine": x @ A + b, "mean": y_mean.expand_as(y), "zero": torch.zeros_like(y)}
+        y_hats["affine"] = x @ A + b
+        y_hats["mean"] = y_mean.expand_as(y)
+        y_hats["zero"] = torch.zeros_like(y)
         return coded, y_hats
 
     for tokens in batches:
@@ -273,15 +287,15 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
 
         # Predictions of the LM with each y_hat in the MLP's place, against the clean ones.
         if with_predictions:
-            following = tokens[:, PREDICTED, None]
             sample.predicting.append(counted[:, PREDICTING].cpu())
-            sample.ce["clean"].append(-log_p.gather(-1, following).squeeze(-1).cpu())
+            sample.ce["clean"].append(cross_entropies(log_p, tokens))
             for name, y_hat in y_hats.items():
                 in_place = y_rows.clone()
                 in_place[counted] = y_hat
                 log_q = patched(tokens, in_place)
-                sample.ce[name].append(-log_q.gather(-1, following).squeeze(-1).cpu())
-                sample.kl[name].append(torch.linalg.vecdot(log_p.exp(), log_p - log_q).cpu())
+                kl = torch.linalg.vecdot(log_p.exp(), log_p - log_q)
+                sample.ce[name].append(cross_entropies(log_q, tokens))
+                sample.kl[name].append(kl.cpu())
     return sample
 
 
@@ -414,9 +428,11 @@ def evaluate(config, coders, args):
     That is: tokens [rows, T], the index of each place in tokens.flatten(), for each coder its
     scored latents (see the end of this function), and the tokenizer.
     """
-    device, ctx_len, max_norm = args.device, config["ctx_len"], config.get("max_norm", math.inf)
+    device, ctx_len = args.device, config["ctx_len"]
+    max_norm = config.get("max_norm", math.inf)
     M, d = next(iter(coders.values())).W_dec.shape
-    k = sorted(coder.k for coder in coders.values())[len(coders) // 2]  # the median, for baselines
+    ks = sorted(coder.k for coder in coders.values())
+    k = ks[len(ks) // 2]  # the median, for baselines
     rows = max(1, 1024 // ctx_len)  # per batch; predictions over the vocabulary take much memory
 
     # Load the LM, and start to read both sides of the split.
@@ -435,7 +451,8 @@ def evaluate(config, coders, args):
     number = math.ceil(200 * d / rows / ctx_len)
     training = tqdm(islice(training, number), "affine map", number, leave=False)
     A, b, x_mean, y_mean = fit_affine(patched, training, max_norm, device)
-    untrained = Coder("transcoder", d, M, k, seed=args.seed + 1).to(device).requires_grad_(False)
+    untrained = Coder("transcoder", d, M, k, seed=args.seed + 1)
+    untrained.to(device).requires_grad_(False)
     untrained.start(x_mean[None], y_mean[None])  # set its biases
     baselines = {"A": A, "b": b, "y_mean": y_mean, "untrained": untrained}
 
@@ -462,7 +479,7 @@ def evaluate(config, coders, args):
     # The report.
     run = {key: config.get(key) for key in IN_REPORT}
     run |= {"num_latents": M, "tokens_asked_for": args.tokens, "baselines_k": k}
-    run["k"] = sorted({coder.k for coder in coders.values()})
+    run["k"] = sorted(set(ks))
     report = {
         "tokens": n,
         "run": run,
@@ -490,7 +507,8 @@ def evaluate(config, coders, args):
     # of all latents, and the tokens that scored latents promote.
     shown = {}
     for name in (*coders, "neurons"):
-        latents = {j: (active[name].places[j], active[name].acts[j]) for j in scored[name]}
+        places, acts = active[name].places, active[name].acts
+        latents = {j: (places[j], acts[j]) for j in scored[name]}
         top = torch.empty(len(latents), 0)
         if name in coders:
             top = promoted(lm, coders[name].W_dec[scored[name]])
@@ -547,8 +565,8 @@ def markdown(cells):
         padded = [cell.rjust(width) for cell, width in zip(row, widths)]
         padded[0] = row[0].ljust(widths[0])
         lines.append(f"| {' | '.join(padded)} |")
-    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
-    lines.insert(1, f"| {' | '.join(rule)} |")
+    rule = ["-" * width for width in widths]
+    lines.insert(1, f"|-{'-|-'.join(rule)}-|")
     return "\n".join(lines)
 
 
@@ -570,14 +588,16 @@ def compare(report, arch, other):
     lines = [score_line(report, name) for name in (arch, other)]
     if not all(len(x) for x, _, _ in lines):
         return []
-    low, high = max(x[0] for x, _, _ in lines), min(x[-1] for x, _, _ in lines)
+    low = max(x[0] for x, _, _ in lines)
+    high = min(x[-1] for x, _, _ in lines)
     if low >= high:
         return []
     at, random = np.linspace(low, high, 101), np.random.default_rng(0)
     means = []  # for each line, of the scores as they are and of 1,000 with noise
     for x, score, error in lines:
         noisy = score + error * random.standard_normal((1000, len(x)))
-        means.append([np.interp(at, x, scores).mean() for scores in [score, *noisy]])
+        interpolated = [np.interp(at, x, scores) for scores in (score, *noisy)]
+        means.append(np.mean(interpolated, axis=1))
     differences = np.subtract(*means)
     difference, error = differences[0], differences[1:].std()
     word = "above" if difference > 0 else "below"
@@ -623,7 +643,8 @@ def remarks(report):
         fvu_all = [f"{n} {row['fvu_all']:.4f}" for n, row in rows.items() if "fvu_all" in row]
         lines.append(
             f"Left out as outliers: {left_out['tokens']:.2%} of the tokens, with"
-            f" {left_out['variance']:.1%} of the variance of y. With them FVU is {', '.join(fvu_all)}."
+            f" {left_out['variance']:.1%} of the variance of y. FVU with them:"
+            f" {', '.join(fvu_all)}."
         )
     if run["tokens_trained"] and run["tokens_trained"] < run["tokens"]:
         lines.append(f"The run was stopped early: {run['tokens']:,} tokens were asked for.")

@@ -17,9 +17,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 # Other processes, too, run on the CPU with one thread.
 ALONE = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-import skipcoder  # noqa: E402
-import tiny_gpt2  # noqa: E402
-import torch  # noqa: E402
+import tiny_gpt2
+import torch
+
+import skipcoder
 
 torch.set_num_threads(1)  # the tensors are tiny: threads would wait more than they work
 skipcoder.fast_bfloat16 = lambda device: False  # numbers are those of float32, on any machine
@@ -50,8 +51,9 @@ def trained(tiny, tmp_path_factory) -> Path:
 def run(*command, cwd=ROOT, **env) -> subprocess.CompletedProcess:
     """Run `python command` in a process of its own."""
     command = [sys.executable, *map(str, command)]
-    options = {"capture_output": True, "text": True, "timeout": 120}
-    return subprocess.run(command, env=ALONE | env, cwd=cwd, **options)
+    encoding = env.get("PYTHONIOENCODING", "utf-8")
+    options = {"capture_output": True, "encoding": encoding, "timeout": 120}
+    return subprocess.run(command, check=False, env=ALONE | env, cwd=cwd, **options)
 
 
 def run_here(script, *args) -> int | str:

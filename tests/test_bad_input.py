@@ -3,6 +3,8 @@
 import gzip
 import re
 import shutil
+import socket
+import time
 
 import pytest
 import tiny_gpt2
@@ -43,7 +45,7 @@ FLAGS = {  # what the line says, for which flag and values
         "k": [0, -4, "4 0"],
         "expansion": [0],
         "tokens": [0, "inf", "nan"],
-        "ctx-len": [0],
+        "ctx-len": [0, 1, 2],
         "batch-size": [0],
         "lr": [0, -1e-3, "nan"],
         "seed": [-1],
@@ -60,7 +62,7 @@ FLAGS = {  # what the line says, for which flag and values
     "there are 256 latents": {"k": [257, "4 257"]},
     "each number once": {"k": ["4 8 4"]},
     "lower it": {"expansion": [10**12]},
-    "from 3 to 32": {"ctx-len": [1, 2, 33]},
+    "at most 32 tokens": {"ctx-len": [33]},
     "use cpu": {"device": ["cuda:99", "abacus"]},
 }
 CASES = []
@@ -118,14 +120,15 @@ DATA = {  # content of a file, and what the line says
     "column.jsonl": (b'{"body": "words"}\n' * 100, "there is no column 'text'"),
     "number.jsonl": (b'{"text": 7}\n' * 100, "int"),
     "list.jsonl": (b'{"text": ["a"]}\n' * 100, "list"),
-    "string.json": (b'"words"', "not an object"),
+    "string.json": (b'"words"', "too little text"),  # a string by itself is a text
+    "number.json": (b"7", "a text is of type int"),
     "broken.jsonl": (b'{"text": "words"}\n{"text": "wor', "Unterminated"),
     "broken.parquet": (b"PAR1 and no more", "arquet"),
     "torn.jsonl.gz": (gzip.compress(b'{"text": "many words"}' * 99)[:40], "ended before"),
     "words.docx": (b"words", ".parquet"),
     "words.csv": (b"text\nwords", "convert it"),
     "words.jsonl.zst": (b"\x28\xb5\x2f\xfd", "zstd -d"),
-    "folder": (None, "nothing can be read"),
+    "folder": (None, "no text to read"),
 }
 
 
@@ -235,16 +238,32 @@ def test_a_missing_flag():
     assert run_here(skipcoder) == line
 
 
-@pytest.mark.parametrize("missing", ["model", "dataset"])
-def test_offline(tiny, tmp_path, missing):
+def test_a_model_of_the_hub_offline(train_fails):
+    line = train_fails("--model", "no/such")
+    assert re.match("error: --model no/such: .* local folder, as tests/tiny_gpt2.py", line)
+
+
+def test_a_data_set_of_the_hub_offline(tiny, tmp_path):
     """In a process of its own: one line, exit code 1, and how to go on without the hub."""
-    model = "no/such" if missing == "model" else tiny
-    says = {
-        "model": "error: --model no/such: .* local folder, as tests/tiny_gpt2.py",
-        "dataset": "error: --dataset HuggingFaceFW/fineweb: .* or a file or folder",
-    }
-    args = ["--model", model, "--layer", 1, "--out", tmp_path / "run"]
+    args = ["--model", tiny, "--layer", 1, "--out", tmp_path / "run"]
     done = run("skipcoder.py", *args, HF_HOME=str(tmp_path))
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
-    assert re.match(says[missing], done.stderr), done.stderr
+    says = "error: --dataset HuggingFaceFW/fineweb: .* or a file or folder"
+    assert re.match(says, done.stderr), done.stderr
+
+
+def test_a_hub_out_of_reach_is_said_at_once(train_fails, monkeypatch):
+    """With how to go on without it. At this port nobody listens."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+        constants = skipcoder.huggingface_hub.constants
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.setattr(skipcoder, "getproxies", dict)
+        start = time.time()
+        line = train_fails("--dataset", "user/data")
+    assert time.time() < start + 10
+    assert line.startswith("error: --dataset user/data: no 127.0.0.1: ")
+    assert "tests/tiny_gpt2.py" in line and "runs/tiny-gpt2/text.jsonl" in line

@@ -44,6 +44,19 @@ def deviation(a) -> float:
     return math.sqrt(variance(a) / a.numel())
 
 
+def sizes_of_parameters(arch, x, y) -> dict:
+    """Return the units of the learning rate."""
+    s_x, s_y = deviation(x), deviation(y)
+    s_z = s_y if arch == "sae" else s_x
+    return {
+        "W_enc": 1,
+        "b_enc": s_z,
+        "W_dec": s_y / s_z,
+        "b_dec": s_y,
+        "W_skip": s_y / s_x,
+    }
+
+
 def dense_forward(coder: Coder, x, y, k: int = k):
     """Return y_hat [N, d] and z [N, M]: the docstring's equations with dense tensors."""
     read = y - coder.b_dec if coder.arch == "sae" else x
@@ -89,8 +102,7 @@ def test_forward_and_gradients_equal_dense_autograd(arch, l1, bias, device):
         return dict(zip(inputs, found))
 
     ours, dense = gradients(y_hat, acts), gradients(dense_y_hat, dense_z)
-    for name in inputs:
-        assert_close(ours[name], dense[name], msg=lambda m: f"{name}: {m}")
+    assert_close(ours, dense)
 
 
 def test_acts_are_cut_at_zero(device):
@@ -213,6 +225,41 @@ def test_pop_fvu_is_of_all_tokens_since_the_last_call(device):
 
 
 @EVERY_ARCH
+def test_steps_equal_adam_by_hand(arch, device):
+    """In float64, on the dense equations, with the betas and the sizes that the README names."""
+    x, y = (a.double() for a in make_data(device, 7, 5))
+    coder = Coder(arch, d, M, k).double().to(device)
+    trainer = Trainer(coder, x, y, 1e-3, dead_after=1e9)
+    by_hand = copy.deepcopy(coder)
+
+    sizes = sizes_of_parameters(arch, x, y)
+    means = {name: torch.zeros_like(p) for name, p in by_hand.named_parameters()}
+    squares = {name: torch.zeros_like(p) for name, p in by_hand.named_parameters()}
+    for t in range(1, 21):
+        x_t, y_t = x[20 * t :][:50], y[20 * t :][:50]
+        trainer.step(x_t, y_t, 0.5)
+
+        y_hat, _ = dense_forward(by_hand, x_t, y_t)
+        error = (y_t - y_hat).square().sum()
+        by_hand.zero_grad()
+        (error / variance(y_t)).backward()
+        for name, p in by_hand.named_parameters():
+            gradient = p.grad
+            on_sphere = arch == "sae" and name == "W_dec"
+            if on_sphere:
+                gradient = gradient - (gradient * p.data).sum(1, keepdim=True) * p.data
+            means[name] = 0.9 * means[name] + 0.1 * gradient
+            squares[name] = 0.98 * squares[name] + 0.02 * gradient.square()
+            mean = means[name] / (1 - 0.9**t)
+            root = (squares[name] / (1 - 0.98**t)).sqrt()
+            p.data -= 1e-3 * 0.5 * sizes[name] * mean / (root + 1e-8)
+            if on_sphere:
+                p.data = F.normalize(p.data)
+    for name, p in coder.named_parameters():
+        assert_close(p, by_hand.get_parameter(name), rtol=1e-6, atol=1e-7)
+
+
+@EVERY_ARCH
 def test_a_step_is_lr_times_the_size_of_a_parameter(arch, device):
     """Adam's first step moves every number by its rate, which is in the parameter's own units."""
     x, y = make_data(device, 7, 5)
@@ -220,16 +267,8 @@ def test_a_step_is_lr_times_the_size_of_a_parameter(arch, device):
     before = copy.deepcopy(trainer.coder)
     trainer.step(x[:1000], y[:1000], 0.5)
 
-    s_x, s_y = deviation(x), deviation(y)
-    s_z = s_y if arch == "sae" else s_x
-    size = {
-        "W_enc": 1,
-        "b_enc": s_z,
-        "W_dec": s_y / s_z,
-        "b_dec": s_y,
-        "W_skip": s_y / s_x,
-    }
-    assert trainer.s_z == pytest.approx(s_z, rel=1e-4)
+    size = sizes_of_parameters(arch, x, y)
+    assert trainer.s_z == pytest.approx(size["b_enc"], rel=1e-4)
     for name, p in trainer.coder.named_parameters():
         if arch == "sae" and name == "W_dec":
             continue  # its rows are brought back to length 1

@@ -71,7 +71,16 @@ def refused(path) -> str:
 
 # ---- Files and folders ----------------------------------------------------------------------
 
-NAMES = "a.jsonl a.jsonl.gz a.json a.json.gz a.parquet A.JSONL a.Json.GZ A.PARQUET".split()
+NAMES = [
+    "a.jsonl",
+    "a.jsonl.gz",
+    "a.json",
+    "a.json.gz",
+    "a.parquet",
+    "A.JSONL",
+    "a.Json.GZ",
+    "A.PARQUET",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -114,7 +123,7 @@ def test_a_folder_is_read_as_the_first_format_that_it_holds(tmp_path, ending):
     (folder / "._b").write_bytes(b"\0\1\2")
 
     texts = read(folder)
-    joined = sum((TEXTS[i::3] for i in range(3)), [])
+    joined = [*TEXTS[0::3], *TEXTS[1::3], *TEXTS[2::3]]
     if ending == ".txt":
         assert "".join(texts) == "".join(joined)
     else:
@@ -215,18 +224,36 @@ def test_text_columns_of_parquet_that_are_none(tmp_path):
         assert type(column[0]).__name__ in line
 
 
-@pytest.mark.parametrize("content", ['"a string"', "[1, 2]", "7", "null", '["a", "b"]'])
-def test_rows_that_are_no_objects_are_said_in_one_line(tmp_path, content):
+@pytest.mark.parametrize("content", ["[1, 2]", "7", "true", '["a", 2]', '[["a"]]'])
+def test_records_that_are_neither_objects_nor_strings_are_said_in_one_line(tmp_path, content):
     for name in ("a.json", "a.jsonl"):
         (tmp_path / name).write_text(content)
-        assert "a row is not an object" in refused(tmp_path / name)
+        line = refused(tmp_path / name)
+        assert re.fullmatch(rf"{name}: a text is of type (int|bool|list), not a string", line)
+
+
+def test_a_plain_string_is_a_text(tmp_path):
+    """As in a JSON list of strings, which may begin after blanks."""
+    for content in (json.dumps(TEXTS), "\n \n" + json.dumps([None, *TEXTS], indent=1)):
+        for name in ("a.json", "a.jsonl"):
+            (tmp_path / name).write_text(content)
+            assert read(tmp_path / name) == TEXTS
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, TEXTS)))
+    assert read(tmp_path / "lines.jsonl") == TEXTS
 
 
 def test_a_missing_column_is_said_in_one_line(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"body": "b"}')
-    assert refused(tmp_path / "a.jsonl") == "a.jsonl: there is no column 'text'"
+    """It is missing if the first record has no text. Later ones without are skipped."""
+    for name, content in {
+        "a.jsonl": '{"body": "a"}\n{"text": "b"}',
+        "a.json": '[{"body": "a"}, {"text": "b"}]',
+    }.items():
+        (tmp_path / name).write_text(content)
+        assert refused(tmp_path / name) == f"{name}: there is no column 'text'"
     pq.write_table(pa.table({"body": ["b"]}), tmp_path / "a.parquet")
     assert "text" in refused(tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n{}\n{"text": "c"}')
+    assert read(tmp_path / "b.jsonl") == ["a", "c"]
 
 
 def test_a_data_set_of_the_hub(tmp_path, monkeypatch):

@@ -3,22 +3,26 @@
 import argparse
 import contextlib
 import io
+import json
 import math
 import re
 import shutil
+import sys
+from itertools import pairwise
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import change_json, read_json, run, run_here, write_jsonl
+from safetensors.torch import load_file, save_file
 from test_coders import dense_forward
 from test_page import check_page
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import eval as evaluation
-from skipcoder import ARCHS, load_run, token_batches
+from skipcoder import ARCHS, Coder, load_run, token_batches
 
 FOLDER = "h.1.mlp"
 
@@ -29,9 +33,9 @@ def evaluated(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval")
     sizes = "--tokens 15000 --latents 40 --device cpu"
     files = f"--json {folder}/e.json --html {folder}/e.html"
-    with mock.patch.object(evaluation, "page", side_effect=evaluation.page) as page:
-        with contextlib.redirect_stdout(io.StringIO()) as stdout:
-            assert run_here(evaluation, trained, *sizes.split(), *files.split()) == 0
+    seen_page = mock.patch.object(evaluation, "page", side_effect=evaluation.page)
+    with seen_page as page, contextlib.redirect_stdout(io.StringIO()) as stdout:
+        assert run_here(evaluation, trained, *sizes.split(), *files.split()) == 0
     shown = page.call_args[0][1:]
     html = (folder / "e.html").read_text(encoding="utf-8")
     return stdout.getvalue(), read_json(folder / "e.json"), html, shown
@@ -47,7 +51,7 @@ PROXY = {
     "intruder_histogram",
     "latents_scored",
 }
-LOSSES = {
+FIDELITY = {
     "fvu",
     "fvu_all",
     "ce",
@@ -66,13 +70,13 @@ def test_report(evaluated, trained):
     assert report["run"]["tokens_trained"] == load_run(trained)[0]["tokens_trained"]
     assert report["run"]["k"] == [4] and report["run"]["hookpoint"] == FOLDER
 
-    of_a_coder = {*PROXY, *LOSSES, "arch", "k", "l0", "dead"}
+    of_a_coder = {*PROXY, *FIDELITY, "arch", "k", "l0", "dead"}
     for arch, row in report["coders"].items():
         alone = {"fvu_latents_alone", "fvu_skip_alone"}
         assert set(row) == of_a_coder | (alone if arch == "skip_transcoder" else set())
         assert row["arch"] == arch and row["k"] == 4
     keys = {name: set(row) for name, row in report["baselines"].items()}
-    assert keys == {"affine": LOSSES, "neurons": PROXY, "untrained": PROXY, "null": PROXY}
+    assert keys == {"affine": FIDELITY, "neurons": PROXY, "untrained": PROXY, "null": PROXY}
 
     # Chance is chance, and its error that of 40 latents with 10 trials each.
     null = report["baselines"]["null"]
@@ -112,8 +116,9 @@ def test_tables(evaluated):
     bars = row.split("|")[-2][-12:-1]
     highest = max(sae["intruder_histogram"])
     full = [share == highest for share in sae["intruder_histogram"]]
-    assert [bar == "█" for bar, is_full in zip(bars, full) if is_full] == [True] * sum(full)
-    assert [bar == " " for bar in bars] == [share == 0 for share in sae["intruder_histogram"]]
+    assert all(bar == "█" for bar, is_full in zip(bars, full) if is_full)
+    empty = [share == 0 for share in sae["intruder_histogram"]]
+    assert [bar == " " for bar in bars] == empty
 
 
 def test_remarks(evaluated):
@@ -126,12 +131,13 @@ def test_remarks(evaluated):
     for key in ("fvu_latents_alone", "fvu_skip_alone"):
         assert f"{row[key]:.4f}" in text
     assert "stopped early" not in text and "fewer held-out tokens" not in text
-    assert max(map(len, stdout.split("next:")[0].splitlines()[20:])) <= 160
+    notes = stdout.split("wrote ")[0].splitlines()
+    assert max(map(len, notes)) <= 100
 
 
 def test_a_page_of_a_run(evaluated):
-    """What the page says of a latent is what the report counted."""
-    _, report, html, (_, _, latents, _) = evaluated
+    """What the page says of a latent is what the report counted and what the text holds."""
+    _, report, html, (seen, where, latents, tokenizer) = evaluated
     data = check_page(html)
     assert len(html) < 3e6 and f"{report['coders']['sae']['fvu']:.4f}" in html
     assert set(data["coders"]) == {*ARCHS, "neurons"}
@@ -139,12 +145,45 @@ def test_a_page_of_a_run(evaluated):
         row = report["coders"].get(name) or report["baselines"][name]
         assert len(on_page) == row["latents_scored"] > 10
         mean = sum(latent[1] for latent in on_page) / len(on_page)
-        assert mean == pytest.approx(row["intruder"], abs=1e-4)
-        of_latents, _, _, _ = latents[name]
-        for latent, (number, (tokens, acts)) in zip(on_page, of_latents.items()):
-            assert latent[0] == number
-            assert latent[2] == pytest.approx(len(tokens) / report["tokens"], rel=0.01)
-            assert latent[3] == pytest.approx(acts.max().item(), rel=0.01)
+        assert mean == pytest.approx(row["intruder"])
+        of_latents, found, _, tops = latents[name]
+        for latent, right, top, item in zip(on_page, found, tops, of_latents.items()):
+            shown, score, density, largest, contexts, promoted = latent
+            number, (places, acts) = item
+            assert shown == number and score == right.double().mean()
+            assert density == pytest.approx(len(places) / report["tokens"])
+            assert largest == acts.max()
+            assert len(top) == (0 if name == "neurons" else 5)
+            words = [evaluation.legible(tokenizer, [token])[0] for token in top.tolist()]
+            words = [word for word in words if can_be_seen(word)]
+            assert [data["text"][word] for word in promoted] == words
+            check_contexts(contexts, where[places], acts, data["text"], seen, tokenizer)
+
+
+def can_be_seen(word) -> bool:
+    rest = re.sub(r"\\u[0-9a-f]{4}|[ ↵⇥]", "", word)
+    return rest != "" and "�" not in rest
+
+
+def check_contexts(contexts, active, acts, text, seen, tokenizer):
+    """Check all that a page says of one latent, which is active at these indices of the text."""
+    width, n = seen.shape[1], len(active)
+    digits = (acts / acts.max() * 9).ceil()
+    digit_at = dict(zip(active.tolist(), digits.tolist()))
+    ranks = [0, 1, 2, 3]
+    for share in (0.3, 0.5, 0.7, 0.9):
+        ranks.append(int(share * n))
+    assert len(contexts) == len(ranks)
+    for rank, (peak, words, levels) in zip(ranks, contexts):
+        assert len(words) == len(levels) <= 25
+        row, column = divmod(active[rank].item(), width)
+        legible = evaluation.legible(tokenizer, seen[row].tolist())
+        start = column - peak
+        assert start == max(0, column - 12)
+        assert [text[word] for word in words] == legible[start : column + 13]
+        for i, level in enumerate(levels):
+            assert int(level) == digit_at.get(row * width + start + i, 0)
+    assert contexts[0][2][contexts[0][0]] == "9"
 
 
 # ---- Numbers against dense ones in float64 --------------------------------------------------
@@ -222,7 +261,8 @@ def by_hand(trained, tiny, device, monkeypatch):
 
     # A limit half way from one |y| to the next.
     dense = Dense(tiny, device)
-    norm = dense(held_out)[2].norm(dim=-1).flatten().sort().values
+    y_rows = dense(held_out)[2]
+    norm = y_rows.norm(dim=-1).flatten().sort().values
     two = norm[len(norm) * 19 // 20 :][:2]
     config["max_norm"] = two.mean().item()
 
@@ -238,6 +278,13 @@ def by_hand(trained, tiny, device, monkeypatch):
         seen.judged.append((hidden, mean))
         return judge(trials, hidden, mean)
 
+    read = evaluation.read_held_out
+
+    def read_held_out(patched, batches, coders, baselines, max_norm):
+        seen.untrained = baselines["untrained"]
+        return read(patched, batches, coders, baselines, max_norm)
+
+    monkeypatch.setattr(evaluation, "read_held_out", read_held_out)
     monkeypatch.setattr(evaluation, "fit_affine", fit_affine)
     monkeypatch.setattr(evaluation, "intruder_found", intruder_found)
     monkeypatch.setattr(evaluation, "CE_TOKENS", 3000)
@@ -281,6 +328,14 @@ def test_numbers_equal_a_dense_float64_computation(by_hand):
     x_train, y_train = x_train[fits], y_train[fits]
     affine = torch.linalg.lstsq(with_one(x_train), y_train).solution
 
+    # The untrained transcoder is one at its start, but not at that of the run's.
+    untrained, theirs = by_hand.seen.untrained, Coder("transcoder", 32, 256, 4, seed=0)
+    assert untrained.arch == "transcoder" and untrained.k == 4
+    assert untrained.W_enc.shape == theirs.W_enc.shape
+    assert (untrained.W_enc.cpu() - theirs.W_enc).abs().mean() > 0.1
+    pre = x_train @ untrained.W_enc.double().T + untrained.b_enc
+    assert pre.mean(0).abs().max() < 1e-3 * pre.std()
+
     # y_hat of each, [rows, 31, d].
     y_hats = {"affine": with_one(x_rows) @ affine}
     y_hats["mean"] = y_train.mean(0).expand_as(y_rows)
@@ -292,11 +347,12 @@ def test_numbers_equal_a_dense_float64_computation(by_hand):
 
         # Which latents are active, and how much.
         row = report["coders"][arch]
-        l0, dead = (z > 0).sum() / n, (z == 0).all(0).double().mean()
-        assert row["l0"] == pytest.approx(l0.item(), rel=1e-3)
-        assert row["dead"] == pytest.approx(dead.item(), abs=0.01)
+        shares = (z > 0).double().mean(0).cpu()  # of the tokens
+        dead = (shares == 0).double().mean().item()
+        assert row["l0"] == pytest.approx(shares.sum().item(), rel=1e-3)
+        assert row["dead"] == pytest.approx(dead, abs=0.01)
         active, _, density, _ = latents[arch]
-        assert_close(density, (z > 0).double().mean(0).cpu(), atol=1e-3, rtol=0)
+        assert_close(density, shares, atol=1e-3, rtol=0)
         assert len(active) == row["latents_scored"] == 20
         for latent, (tokens, acts) in active.items():
             fires = z[:, latent].nonzero().flatten().tolist()
@@ -342,7 +398,8 @@ def test_numbers_equal_a_dense_float64_computation(by_hand):
     harm, _ = mean_and_error(ce["mean"] - ce["clean"], predicting)
     for name, row in rows.items():
         increase, error = mean_and_error(ce[name] - ce["clean"], predicting)
-        assert row["ce"] == pytest.approx(mean_and_error(ce[name], predicting)[0], rel=1e-5)
+        mean, _ = mean_and_error(ce[name], predicting)
+        assert row["ce"] == pytest.approx(mean, rel=1e-5)
         assert row["ce_increase"] == pytest.approx(increase, abs=1e-4)
         assert row["ce_increase_se"] == pytest.approx(error, rel=1e-2)
         assert row["ce_recovered"] == pytest.approx(1 - increase / harm, abs=2e-3)
@@ -376,7 +433,8 @@ def score(types: int, shared: float = 0, dtype: torch.dtype = torch.bfloat16) ->
     kind = torch.randint(512, (60_000,), generator=generator)  # [N] the type of each token
     directions = random(512, 64) + shared * random(64)
     hidden = (directions[kind] + 0.5 * random(len(kind), 64)).to(dtype)
-    tokens = [(kind // types == j).nonzero().flatten() for j in range(512 // types)]
+    latent = kind // types
+    tokens = [(latent == j).nonzero().flatten() for j in range(512 // types)]
     trials = evaluation.intruder_trials(tokens, len(kind), generator)
     found = evaluation.intruder_found(trials, hidden, hidden.float().mean(0))
     return evaluation.summary(found)["intruder"]
@@ -385,7 +443,7 @@ def score(types: int, shared: float = 0, dtype: torch.dtype = torch.bfloat16) ->
 def test_planted_latents_score_near_one_and_merging_lowers_the_score():
     scores = [score(types) for types in (1, 2, 4, 8)]
     assert scores[0] > 0.97
-    for high, low in zip(scores, scores[1:]):
+    for high, low in pairwise(scores):
         assert high > low + 0.03
 
 
@@ -412,12 +470,14 @@ def test_trials_show_four_tokens_of_a_fifth_and_one_on_which_the_latent_is_silen
 
 def test_the_intruder_is_the_context_with_the_smallest_sum_of_similarities():
     """Planted by hand: four directions that are near one another, and one that is not."""
-    states = torch.tensor([[1, 0.1], [1, 0], [1, -0.1], [0.9, 0.2], [-1, 1], [1, 0.3]])
+    near = [[1, 0.1], [1, 0], [1, -0.1], [0.9, 0.2]]
+    states = torch.tensor([*near, [-1, 1], [1, 0.5]])
     trials = torch.tensor([[[0, 1, 2, 3, 4], [0, 1, 2, 4, 3], [0, 1, 2, 3, 5]]])
     found = evaluation.intruder_found(trials, states + 7, torch.full((2,), 7.0))
     assert found.tolist() == [[True, False, True]]
     # Its length does not matter.
-    found = evaluation.intruder_found(trials, states * torch.tensor([[1, 1, 1, 1, 9, 1]]).T, 0)
+    states[4] *= 9
+    found = evaluation.intruder_found(trials, states, 0)
     assert found.tolist() == [[True, False, True]]
 
 
@@ -431,7 +491,7 @@ def test_summary():
     assert row == pytest.approx(expected | {"latents_scored": 2})
 
 
-def test_latents():
+def test_active_tokens():
     """Where each is active, and how much, largest first, from the entries of two batches."""
     generator = torch.Generator().manual_seed(0)
     z = torch.rand(2000, 30, generator=generator)
@@ -443,11 +503,11 @@ def test_latents():
         first += len(part)
     assert sum(len(token) for token, _, _ in entries) == (z > 0).sum()
 
-    latents = evaluation.Latents(entries, 30, 2000)
-    assert torch.equal(latents.count, (z > 0).sum(0))
-    assert torch.equal(latents.density, (z > 0).double().mean(0))
+    active = evaluation.ActiveTokens(entries, 30, 2000)
+    assert torch.equal(active.count, (z > 0).sum(0))
+    assert torch.equal(active.density, (z > 0).double().mean(0))
     for j in range(30):
-        tokens, acts = latents.tokens[j], latents.acts[j]
+        tokens, acts = active.places[j], active.acts[j]
         assert set(tokens.tolist()) == set(z[:, j].nonzero().flatten().tolist())
         assert_close(acts, z[tokens, j])
         assert (acts.diff() <= 0).all()
@@ -461,8 +521,8 @@ def test_latents_that_are_drawn_can_be_scored():
         for latent, count in enumerate(counts):
             token = torch.arange(count)
             entries.append((token, torch.full((count,), latent), torch.ones(count)))
-        latents = evaluation.Latents(entries, len(counts), 2000)
-        return latents.draw(number, torch.Generator().manual_seed(0))
+        active = evaluation.ActiveTokens(entries, len(counts), 2000)
+        return active.draw(number, torch.Generator().manual_seed(0))
 
     order = draw(30, [100] * 30)
     assert sorted(order) == list(range(30)) != order
@@ -488,20 +548,20 @@ def test_promoted_tokens(tiny):
 
 # ---- Sentences ------------------------------------------------------------------------------
 
-# (CE increase, score) of two or three k, in numbers that we make up.
+# (CE increase, score, its error) of one or two k, in numbers that we make up.
 LINES = {
-    "sae": [(0.04, 0.7), (0.01, 0.6)],
-    "transcoder": [(0.02, 0.8), (0.002, 0.8)],
-    "skip_transcoder": [(1e-3, 0.9)],
+    "sae": [(0.04, 0.7, 0.01), (0.01, 0.6, 0.05)],
+    "transcoder": [(0.02, 0.8, 0.02), (0.002, 0.8, 0.04)],
+    "skip_transcoder": [(1e-3, 0.9, 0.02)],
 }
 
 
 def made_up() -> dict:
     rows = {}
     for arch, line in LINES.items():
-        for k, (ce_increase, score) in zip((8, 64), line):
+        for k, (ce_increase, score, error) in zip((8, 64), line):
             row = {"arch": arch, "k": k, "ce_increase": ce_increase}
-            rows[f"{arch}-k{k}"] = row | {"intruder": score, "intruder_se": 0.02}
+            rows[f"{arch}-k{k}"] = row | {"intruder": score, "intruder_se": error}
     return {"coders": rows, "baselines": {}}
 
 
@@ -517,11 +577,12 @@ def test_scores_are_compared_at_equal_ce_increase():
     assert (low, high) == (0.01, 0.02) and " above " in sentence
     assert difference == pytest.approx(0.175, abs=1e-3)
 
-    # The middle of the overlap lies at these shares of the way between the points.
-    variance = 0
-    for share in (0.25, math.log(2) / 2 / math.log(10)):
-        variance += (share**2 + (1 - share) ** 2) * 0.02**2
-    assert error == pytest.approx(math.sqrt(variance), abs=1e-3)
+    # Both lines are straight there, so the mean is the score in the middle of the overlap. That
+    # lies at these shares of the way from the lower to the higher point.
+    of_sae, of_transcoder = 0.25, 1 - math.log(2) / 2 / math.log(10)
+    variance = (of_sae * 0.01) ** 2 + ((1 - of_sae) * 0.05) ** 2
+    variance += (of_transcoder * 0.02) ** 2 + ((1 - of_transcoder) * 0.04) ** 2
+    assert error == pytest.approx(math.sqrt(variance), rel=0.1)
 
     (sentence,) = evaluation.compare(report, "sae", "transcoder")
     assert " below " in sentence and "-0.175" in sentence
@@ -531,7 +592,7 @@ def test_scores_are_compared_at_equal_ce_increase():
     assert "no different from" in evaluation.compare(report, "transcoder", "sae")[0]
 
 
-EVIL = '<script>alert(1)</script><b>bold</b> <!-- </script> & "quotes" \x07 \ud7ff é 日本\t\n'
+EVIL = '<script>alert(1)</script><b>bold</b> <!-- </script> & "quotes" \x07 é 日本\t\n'
 
 
 def test_what_is_missing_is_said(trained, tmp_path, capsys, monkeypatch):
@@ -544,7 +605,7 @@ def test_what_is_missing_is_said(trained, tmp_path, capsys, monkeypatch):
     change_json(folder / "config.json", ["max_norm"], tokens=1_000_000)
     for arch in ARCHS:
         change_json(folder / arch / FOLDER / "cfg.json", k=200)
-    text = write_jsonl(tmp_path / "evil.jsonl", [f"{i} {EVIL}" * 20 for i in range(100)])
+    text = write_jsonl(tmp_path / "evil.jsonl", [f"{i} {EVIL}" * 10 for i in range(100)])
     args = f"{folder} --dataset {text} --latents 10 --device cpu --tokens 123456"
     args += f" --json {tmp_path}/e.json --html {tmp_path}/e.html"
 
@@ -570,20 +631,46 @@ def test_what_is_missing_is_said(trained, tmp_path, capsys, monkeypatch):
     assert not any(data["coders"].values())
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_a_console_that_lacks_characters_costs_nothing(trained, tmp_path, encoding):
-    """Files are written in UTF-8, and printing cannot fail."""
-    sizes = "--tokens 1000 --latents 5 --device cpu".split()
-    files = [f"--{ending}={tmp_path}/e.{ending}" for ending in ("json", "html", "svg")]
-    done = run("eval.py", trained, *sizes, *files, PYTHONIOENCODING=encoding, LC_ALL="C")
-    assert done.returncode == 0, done.stderr
+def check_files(folder, stdout):
+    """Check the three files of an evaluation in the folder."""
     for ending in ("json", "html", "svg"):
-        assert f"wrote {tmp_path}/e.{ending}" in done.stdout
-    assert read_json(tmp_path / "e.json")["tokens"] >= 1000
-    assert "↵" in (tmp_path / "e.html").read_text(encoding="utf-8")
+        assert f"wrote {folder}/e.{ending}" in stdout
+    assert read_json(folder / "e.json")["tokens"] >= 1000
+    html = (folder / "e.html").read_text(encoding="utf-8")
+    assert "↵" in "".join(check_page(html)["text"])
+    svg = (folder / "e.svg").read_text(encoding="utf-8")
+    assert svg.startswith("<svg") and "(← better)" in svg and "(↑ better)" in svg
+
+
+SMALL = ["--tokens=2000", "--latents=10", "--device=cpu"]
+
+
+def all_files(folder):
+    return [f"--{ending}={folder}/e.{ending}" for ending in ("json", "html", "svg")]
+
+
+def test_a_console_that_lacks_characters_costs_nothing(trained, tmp_path):
+    """Files are written in UTF-8, and printing cannot fail, in a locale that knows ASCII only."""
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    ascii_only["PYTHONIOENCODING"] = "ascii"
+    done = run("eval.py", trained, *SMALL, *all_files(tmp_path), **ascii_only)
+    assert done.returncode == 0, done.stderr
+    check_files(tmp_path, done.stdout)
+    assert " ? " in done.stdout
     # It said what it did.
     for phase in ("affine map", "held-out text", "intruder trials"):
         assert phase in done.stderr
+
+
+def test_a_console_of_windows_costs_nothing(trained, tmp_path, monkeypatch):
+    """It has "±", and neither "→" nor bars."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    assert run_here(evaluation, trained, *SMALL, *all_files(tmp_path)) == 0
+    sys.stdout.flush()
+    stdout = written.getvalue().decode("cp1252")
+    check_files(tmp_path, stdout)
+    assert " ± " in stdout and "top ? lowest" in stdout and "→" not in stdout
 
 
 # ---- Coders of others -----------------------------------------------------------------------
@@ -591,8 +678,6 @@ def test_a_console_that_lacks_characters_costs_nothing(trained, tmp_path, encodi
 
 def as_sparsify_writes(folder, tensors, **cfg):
     """Write a coder as EleutherAI's sparsify does; 0 latents means expansion_factor x d_in."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True)
     defaults = {
         "activation": "topk",
@@ -605,5 +690,58 @@ def as_sparsify_writes(folder, tensors, **cfg):
         "transcode": False,
         "d_in": 32,
     }
-    (folder / "cfg.json").write_text(evaluation.json.dumps(defaults | cfg))
+    (folder / "cfg.json").write_text(json.dumps(defaults | cfg))
     save_file(tensors, folder / "sae.safetensors")
+
+
+def llama(folder, tiny):
+    """Write a tiny Llama with random weights, and the tokenizer of the tiny GPT-2."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("hookpoint", ["h.1.mlp", "layers.1.mlp"])
+def test_a_run_of_sparsify(trained, tiny, tmp_path, capsys, hookpoint):
+    """Its folders need a config.json of six keys, written by hand. Names are free."""
+    run, kinds = tmp_path / "run", {"mine": "sae", "t": "transcoder", "skip": "skip_transcoder"}
+    for name, arch in kinds.items():
+        tensors = load_file(trained / arch / FOLDER / "sae.safetensors")
+        as_sparsify_writes(
+            run / name / hookpoint,
+            tensors,
+            transcode=arch != "sae",
+            skip_connection=arch == "skip_transcoder",
+        )
+    model = tiny if hookpoint == FOLDER else llama(tmp_path / "llama", tiny)
+    config = {
+        "model": str(model),
+        "layer": 1,
+        "dataset": str(tiny / "text.jsonl"),
+        "subset": None,
+        "ctx_len": 32,
+        "coders": {name: f"{name}/{hookpoint}" for name in kinds},
+    }
+    (run / "config.json").write_text(json.dumps(config))
+
+    assert run_here(evaluation, run, *SMALL, *all_files(tmp_path)) == 0
+    stdout = capsys.readouterr().out
+    check_files(tmp_path, stdout)
+    assert "M 256, k 4.\n" in stdout
+    report = read_json(tmp_path / "e.json")
+    assert report["outliers"]["tokens"] == 0
+    assert {name: row["arch"] for name, row in report["coders"].items()} == kinds
+    if model == tiny:  # then the numbers are those of the run that we took the weights from
+        assert run_here(evaluation, trained, *SMALL, *all_files(tmp_path)) == 0
+        ours = read_json(tmp_path / "e.json")["coders"]
+        for name, arch in kinds.items():
+            assert report["coders"][name] == ours[arch]

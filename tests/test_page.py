@@ -12,8 +12,16 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 import eval as evaluation
+from skipcoder import ARCHS, Arch
 
 LINE = "The quick 日本語 fox 👩‍🚀 naïve.\n\tNew York"
+
+
+@pytest.fixture(autouse=True)
+def of_a_fork(monkeypatch):
+    """Pictures show a fourth architecture, too."""
+    looks = Arch(reads="x", color="#cc79a7", marker="diamond")
+    monkeypatch.setitem(ARCHS, "of_a_fork", looks)
 
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -78,7 +86,17 @@ def test_what_cannot_be_seen_is_spelt_out():
 
 
 # An evaluation that is made up: numbers of all coders and baselines, and some of their own.
-LOSSES = dict.fromkeys("fvu fvu_all l0 dead ce kl kl_se ce_increase_se ce_recovered".split(), 0.5)
+FIDELITY = {
+    "fvu": 0.5,
+    "fvu_all": 0.5,
+    "l0": 0.5,
+    "dead": 0.5,
+    "ce": 0.5,
+    "ce_increase_se": 0.5,
+    "ce_recovered": 0.5,
+    "kl": 0.5,
+    "kl_se": 0.5,
+}
 SCORES = {
     "intruder": 0.7,
     "intruder_se": 0.02,
@@ -91,7 +109,7 @@ RUN = {
     "model": "some/model",
     "hookpoint": "h.1.mlp",
     "layer": 1,
-    "k": 8,
+    "k": [8, 64],
     "num_latents": 512,
     "seed": 0,
     "dataset": "text",
@@ -114,14 +132,14 @@ def made_up(rows) -> dict:
         "zero_ablated_ce": 3.0,
         "coders": {},
         "baselines": {
-            "affine": LOSSES | {"ce_increase": 0.5},
+            "affine": FIDELITY | {"ce_increase": 0.5},
             "neurons": SCORES | {"intruder": 0.3},
             "untrained": SCORES | {"intruder": 0.31},
             "null": SCORES | {"intruder": 0.19},
         },
     }
     for arch, k, ce_increase, score in rows:
-        row = LOSSES | SCORES | {"arch": arch, "k": k, "l0": k}
+        row = FIDELITY | SCORES | {"arch": arch, "k": k, "l0": k}
         row |= {"ce_increase": ce_increase, "intruder": score}
         report["coders"][f"{arch}-k{k}"] = row
     return report

@@ -2,8 +2,8 @@
 
 import gzip
 import json
+import multiprocessing
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -29,6 +29,18 @@ def contents(folder) -> dict:
 
 def read_log(out) -> list[dict]:
     return list(map(json.loads, (out / "log.jsonl").read_text().splitlines()))
+
+
+def check_end(lines, out):
+    """Check the lines with which a run ends: what was trained, by coder, and what to do next."""
+    tokens, log = read_json(out / "config.json")["tokens_trained"], read_log(out)
+    expected = [f"saved after {tokens:,} tokens; last logged:"]
+    if log:
+        fvu, dead = log[-1]["fvu"], log[-1]["dead"]
+        expected += [f"  {name}: FVU {fvu[name]:.3f}, dead {dead[name]:.1%}" for name in fvu]
+    expected += [f"next: python eval.py {out} --html page.html"]
+    assert lines[-len(expected) :] == expected
+    return lines[: -len(expected)]
 
 
 # ---- A run that goes well -------------------------------------------------------------------
@@ -101,20 +113,25 @@ def screen(text: str) -> list[str]:
     return lines
 
 
-def run_on_a_terminal(*command) -> tuple[int, list[str]]:
-    """Run `python command` with both streams in one, and return its exit code and the screen."""
-    process = subprocess.run(
-        [sys.executable, *map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=ALONE | {"PYTHONUNBUFFERED": "1"},
-        cwd=ROOT,
-        timeout=120,
-    )
-    return process.returncode, screen(process.stdout.decode())
+@pytest.fixture
+def run_on_a_terminal(tmp_path, monkeypatch):
+    """A function that runs skipcoder.py with both streams in one, and returns the screen."""
+
+    def run_on_a_terminal(*args) -> list[str]:
+        path = tmp_path / "terminal"
+        with path.open("w", encoding="utf-8") as stream:
+            monkeypatch.setattr(sys, "stdout", stream)
+            monkeypatch.setattr(sys, "stderr", stream)
+            message = run_here(skipcoder, *args)
+            if isinstance(message, str):  # as Python ends after sys.exit(message)
+                print(message, file=sys.stderr)
+            monkeypatch.undo()
+        return screen(path.read_bytes().decode())
+
+    return run_on_a_terminal
 
 
-def test_what_is_printed(tiny, tmp_path):
+def test_what_is_printed(tiny, tmp_path, run_on_a_terminal):
     """Each message on a line of its own, also while the bar is open."""
     out, text = tmp_path / "run", tmp_path / "text"
     text.mkdir()
@@ -124,10 +141,9 @@ def test_what_is_printed(tiny, tmp_path):
     (text / "b.JSONL").write_text("\n".join(lines[30:60]))
     (text / "notes.md").write_text("not read")
     args = flags(tiny, out, "--dataset", text, "--tokens", 60_000)
-    code, shown = run_on_a_terminal("skipcoder.py", *args)
-    assert code == 0, shown
+    shown = run_on_a_terminal(*args)
     steps = -(-60_000 // (16 * 31))
-    trained = steps * 16 * 31
+    assert read_json(out / "config.json")["tokens_trained"] == steps * 16 * 31
 
     # Before the loop.
     start = "\n".join(shown[:3])
@@ -139,9 +155,9 @@ def test_what_is_printed(tiny, tmp_path):
     # In the loop, and at its end.
     repeated = [line for line in shown if "is repeated" in line]
     assert len(repeated) == 1 and repeated[0].startswith(f"--dataset {text} is repeated: it has ")
-    last = f"{trained:,} tokens done; next: python eval.py {out}"
-    assert shown[-2:] == [last, ""]
-    bar = shown[-3]
+    *shown, nothing = shown
+    assert nothing == "" and len(read_log(out)[-1]["fvu"]) == 3
+    *_, bar = check_end(shown, out)
     assert bar.startswith("100%|") and "tok/s" in bar and "FVU" in bar
     assert sum("%|" in line for line in shown) == 1, "the bar is shown once"
 
@@ -163,7 +179,8 @@ def test_text_without_a_held_out_document_is_said_at_the_start(tiny, tmp_path, c
     args = flags(tiny, tmp_path / "run", "--dataset", text, "--tokens", 500, "--batch-size", 2)
     assert run_here(skipcoder, *args) == 0
     stdout = capfd.readouterr().out
-    assert stdout.splitlines()[0].startswith(f"--dataset {text}: no document is held out")
+    line = f"--dataset {text}: too few documents to keep one in ten for eval.py. Cut the text"
+    assert stdout.splitlines()[0].startswith(line)
 
 
 def test_the_learning_rate_rises_and_falls(tiny, tmp_path, monkeypatch):
@@ -192,6 +209,26 @@ def test_the_recipe(tiny, tmp_path, monkeypatch, tokens, lr, step):
     assert run_here(skipcoder, *args.split(), "--out", tmp_path / "run") == 0
     assert given[0].lr == pytest.approx(lr)
     assert given[0].ctx_len == 32 and given[0].batch_size == step // 32
+
+
+def test_ctrl_c_before_training_ends_the_program_at_once(tiny, tmp_path, monkeypatch):
+    """Without a traceback: there is nothing to save yet."""
+    handlers = []
+    monkeypatch.setattr(
+        skipcoder, "train", lambda args: handlers.append(signal.getsignal(signal.SIGINT))
+    )
+    assert run_here(skipcoder, *flags(tiny, tmp_path / "run")) == 0
+    assert handlers == [signal.SIG_DFL]
+
+
+def test_eval_may_be_called_from_another_folder(tiny, tmp_path, monkeypatch):
+    """Paths that were relative are absolute in config.json."""
+    monkeypatch.chdir(tiny.parent)
+    args = flags(tiny.name, tmp_path / "run", "--arch", "sae", "--tokens", 500)
+    assert run_here(skipcoder, *args) == 0
+    config = read_json(tmp_path / "run/config.json")
+    assert config["model"] == str(tiny)
+    assert config["dataset"] == str(tiny / "text.jsonl")
 
 
 def test_a_coder_does_not_depend_on_its_neighbours(tiny, tmp_path):
@@ -234,7 +271,7 @@ def test_several_k_are_several_runs_in_one(tiny, tmp_path):
 
 @pytest.mark.parametrize("ks", [[4], [2, 4]])
 def test_runs_of_earlier_versions_are_read(tiny, tmp_path, ks):
-    """In them a single k is a number, and neither config.json nor cfg.json says what they do now."""
+    """In them a single k is a number, config.json names no coders, and cfg.json no arch."""
     out = tmp_path / "run"
     assert run_here(skipcoder, *flags(tiny, out, "--k", *ks, "--tokens", 500)) == 0
     _, before = load_run(out)
@@ -282,8 +319,8 @@ def test_signals_save_what_there_is(tiny, tmp_path, number):
         assert all(p.isfinite().all() for p in coder.parameters())
     if number != signal.SIGKILL:
         assert process.returncode == 130 and "Traceback" not in stderr, stderr
-        last = f"{trained:,} tokens done; next: python eval.py {out}"
-        assert stdout.splitlines()[-1] == last
+        before = check_end(stdout.splitlines(), out)
+        assert before.count("stopping after this step; once more to stop at once") == 1
         assert not list(out.rglob("*.tmp"))
 
 
@@ -320,6 +357,27 @@ def test_one_signal_ends_the_run_after_a_step_and_a_second_one_in_it(
     assert len(calls) == 3 and len(ended) == 2 - times
     config, _ = load_run(out)
     assert config["tokens_trained"] == (4 - times) * 16 * 31
+
+
+def test_a_signal_to_a_reader_process_does_not_end_the_run(tiny, tmp_path, monkeypatch):
+    """Readers ignore SIGINT, and a signal to the process group does not reach them."""
+
+    def interrupt_readers():
+        for reader in multiprocessing.active_children():
+            readers.append(reader.pid)
+            assert os.getpgid(reader.pid) != os.getpgrp()
+            os.kill(reader.pid, signal.SIGINT)
+        time.sleep(0.2)
+        alive.extend(reader.pid for reader in multiprocessing.active_children())
+
+    readers, alive = [], []
+    calls = stop_in_step(monkeypatch, 3, interrupt_readers)
+    out = tmp_path / "run"
+    args = flags(tiny, out, "--arch", "sae", "--tokens", 60 * 16 * 31)
+    assert run_here(skipcoder, *args) == 0
+    assert readers and sorted(alive) == sorted(readers)
+    assert len(calls) == 60
+    assert read_json(out / "config.json")["tokens_trained"] == 60 * 16 * 31
 
 
 def test_an_error_of_any_kind_in_the_middle_saves_what_was_trained(tiny, tmp_path, monkeypatch):
@@ -364,21 +422,20 @@ def test_text_that_breaks_off_saves_what_was_trained(tiny, tmp_path, monkeypatch
     trained = config["tokens_trained"]
     assert list(coders) == ["sae"] and 2000 < trained < 50_000
     stdout, stderr = capfd.readouterr()
-    assert stdout.splitlines()[-1] == f"{trained:,} tokens done; next: python eval.py {out}"
+    check_end(stdout.splitlines(), out)
     assert "Traceback" not in stderr and "error" not in stderr
 
 
-def test_an_error_starts_on_a_line_of_its_own(tiny, tmp_path):
+def test_an_error_starts_on_a_line_of_its_own(tiny, tmp_path, monkeypatch, run_on_a_terminal):
     """While the bar is open, after what was done."""
-    path = tmp_path / "text.jsonl"
+    path, out = tmp_path / "text.jsonl", tmp_path / "run"
     path.write_bytes(WHOLE + b"{")
-    code = "import skipcoder; skipcoder.SHUFFLE_ROWS = 16; skipcoder.main()"
-    args = flags(tiny, tmp_path / "run", "--dataset", path, "--tokens", "1e7", "--arch", "sae")
-    exit_code, shown = run_on_a_terminal("-c", code, *args)
-    assert exit_code == 1
-    *_, bar, done, error, nothing = shown
+    monkeypatch.setattr(skipcoder, "SHUFFLE_ROWS", 16)
+    args = flags(tiny, out, "--dataset", path, "--tokens", "1e7", "--arch", "sae")
+    shown = run_on_a_terminal(*args)
+    *shown, error, nothing = shown
+    *_, bar = check_end(shown, out)
     assert "%|" in bar and nothing == ""
-    assert re.fullmatch(r"[\d,]+ tokens done; next: python eval.py \S+", done)
     assert error.startswith(f"error: --dataset {path}: text.jsonl: ")
 
 
@@ -439,6 +496,7 @@ def test_an_existing_run_is_replaced_only_when_told_to_and_by_a_finite_one(train
 
 # ---- Several processes ----------------------------------------------------------------------
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 TWO = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -473,15 +531,16 @@ def new_trainer(arch):
     trainer.coder.b_enc.data[7] -= 100  # a dead latent
     return trainer
 
-def step_of_both(one, arch):
+def step_of_both(one, arch):  # in one process
     one.optimizer.zero_grad()
     active = torch.zeros(40, dtype=torch.bool)
     for half in halves:
         y_hat, acts, indices = one.coder(x[half], y[half])
         active[indices[acts > 0]] = True
         error = (y[half] - y_hat).square().sum()
-        loss = error / (y[half] - y[half].mean(0)).square().sum()
-        loss.backward()
+        variance = (y[half] - y[half].mean(0)).square().sum()
+        (error / variance).backward()
+        one.sums += torch.stack([error.detach(), variance])
     for group in one.optimizer.param_groups:
         group["lr"] = 1e-2 * group["size"]
     W = one.coder.W_dec
@@ -499,6 +558,8 @@ for arch in ARCHS:
         trainer.step(x[halves[RANK]], y[halves[RANK]], 1)
         step_of_both(one, arch)
     assert one.silent[7] == 4 * 64
+    fvu, fvu_of_one = trainer.pop_fvu(), one.pop_fvu()
+    assert abs(fvu / fvu_of_one - 1) < 1e-5, "what is logged is the FVU of both"
     torch.testing.assert_close(trainer.silent, one.silent)
     for p, q in zip(trainer.coder.parameters(), one.coder.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
@@ -510,11 +571,55 @@ torch.distributed.destroy_process_group()
 def test_two_processes(tiny, tmp_path):
     """Under torchrun."""
     (tmp_path / "two.py").write_text(TWO)
-    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    done = run(*torchrun, tmp_path / "two.py", ROOT, *flags(tiny, tmp_path / "run"))
+    done = run(*TORCHRUN, tmp_path / "two.py", ROOT, *flags(tiny, tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("equal") == 2
     assert done.stdout.count("cpu x 2") == 1
     config, coders = load_run(tmp_path / "run")
     assert config["tokens_trained"] == 13 * 16 * 31  # the first multiple of a step over 6000
     assert coders["skip_transcoder"].W_skip.any()
+
+
+# Each process says which one it is. It saves at each step.
+SAVING = """
+import os, sys
+print("pid", os.getpid(), flush=True)
+sys.path.insert(0, sys.argv.pop(1))
+import skipcoder
+skipcoder.LOG_EVERY = skipcoder.SAVE_EVERY = 0
+skipcoder.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_under_torchrun_saves_and_ends_both_processes(tiny, tmp_path, number):
+    """It reaches torchrun alone, which sends it to both, or one of them alone."""
+    (tmp_path / "saving.py").write_text(SAVING)
+    out, deadline = tmp_path / "run", time.time() + 90
+    args = [*TORCHRUN, tmp_path / "saving.py", ROOT, *flags(tiny, out, "--tokens", "1e9")]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, args), "--arch=sae"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ALONE,
+        start_new_session=True,
+    )
+    pids = [int(process.stdout.readline().split()[1]) for _ in range(2)]
+    while not (out / "config.json").exists():
+        assert time.time() < deadline and process.poll() is None, "training did not start"
+        time.sleep(0.05)
+    time.sleep(0.3)
+    os.kill(pids[1] if number == signal.SIGINT else process.pid, number)
+    stdout, stderr = process.communicate(timeout=25)  # torchrun kills after 30 s
+
+    assert process.returncode != 0
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    config, coders = load_run(out)
+    assert config["tokens_trained"] % (16 * 31) == 0 < config["tokens_trained"] < 1e9
+    assert all(p.isfinite().all() for p in coders["sae"].parameters())
+    check_end([line for line in stdout.splitlines() if line[:5] != "error"], out)
+    assert stdout.count("saved after") == 1, "only one process saves"
+    assert 'skipcoder.py", line' not in stderr, stderr

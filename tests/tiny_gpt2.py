@@ -30,7 +30,16 @@ EOS = "<|endoftext|>"
 BATCH = 8  # rows in a step
 
 # What not every installation has, tables of character codes, and the manual as one long literal.
-SKIPPED = "test tests site-packages dist-packages idlelib turtledemo encodings pydoc_data".split()
+SKIPPED = {
+    "test",
+    "tests",
+    "site-packages",
+    "dist-packages",
+    "idlelib",
+    "turtledemo",
+    "encodings",
+    "pydoc_data",
+}
 LEAST, MOST = 300, 4000  # characters of a document; others are dropped
 
 
