@@ -478,6 +478,7 @@ def evaluate(config, coders, args):
 
     # The report.
     run = {key: config.get(key) for key in IN_REPORT}
+    run["hookpoint"] = skipcoder.find_mlp(lm, config["layer"])[0]
     run |= {"num_latents": M, "tokens_asked_for": args.tokens, "baselines_k": k}
     run["k"] = sorted(set(ks))
     report = {

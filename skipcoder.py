@@ -66,7 +66,7 @@ class Arch(NamedTuple):
     reads: str  # what the encoder reads: "x", the MLP's input, or "y", its output
     color: str  # in the pictures of eval.py
     marker: str  # in these pictures, too: "circle", "square", "triangle" or "diamond"
-    unit_rows: bool = False  # whether W_dec starts as W_enc and its rows are kept at length 1
+    unit_rows: bool = False  # whether W_dec starts as W_enc, and rows of W_dec keep length 1
     skip: bool = False  # whether W_skip x is added to the prediction
 
 
@@ -81,7 +81,8 @@ class Coder(nn.Module):
     """A sparse coder with M latents, for activations of width d.
 
     Row j of W_enc [M, d] is the direction that latent j reads, and row j of W_dec [M, d] is the
-    direction that it writes. The activations of N tokens are the rows of a matrix [N, d].
+    direction that it writes. (W_dec is the transpose of the one above.) The activations of N
+    tokens are the rows of a matrix [N, d].
     """
 
     # Saved in cfg.json. Change it when you change `encode`, so that other code can tell.
@@ -96,17 +97,19 @@ class Coder(nn.Module):
         self.W_enc = nn.Parameter(W)
         self.b_enc = nn.Parameter(torch.zeros(num_latents))
         # A latent of the autoencoder should write what it reads, so W_dec starts as W_enc. What a
-        # latent of a transcoder should write is not known in advance, so W_dec starts as zero.
+        # latent of a transcoder should write is not known in advance, so W_dec starts as zero. (After
+        # one step it is not zero any more, and W_enc gets a gradient.)
         self.W_dec = nn.Parameter(W.clone() if self.unit_rows else torch.zeros_like(W))
         self.b_dec = nn.Parameter(torch.zeros(d))
         self.W_skip = nn.Parameter(torch.zeros(d, d)) if spec.skip else None
 
     @torch.no_grad()
     def start(self, x, y):
-        """Set the biases so that on a first batch x, y [N, d] pre-activations have mean zero.
+        """Set the biases from a first batch x, y [N, d].
 
-        In the autoencoder b_dec alone does this, since the encoder reads y - b_dec. A transcoder
-        then predicts mean(y) for every token, so its FVU starts at 1.
+        b_dec is the mean of y, so a transcoder predicts this mean at first, and its FVU is 1. b_enc
+        is such that pre-activations have mean zero. In the autoencoder they have it already, since
+        its encoder reads y - b_dec.
         """
         self.b_dec.copy_(y.mean(0))
         if self.reads == "x":
@@ -140,7 +143,7 @@ class Coder(nn.Module):
 
 BETAS = (0.9, 0.98)  # of Adam; the usual 0.999 averages over a thousand steps, half a short run
 DEAD = 0.02  # a latent is dead once it has been silent for this share of all training tokens
-WAKE = 0.03  # how much a dead latent's bias rises per step, relative to s_z (see `Trainer`)
+WAKE = 0.03  # a dead latent's bias rises by this per step, in units of the pre-activations
 
 # torchrun starts several processes, and each trains on its own part of the text.
 RANK = int(os.environ.get("RANK", "0"))  # the number of this process
@@ -148,7 +151,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", "1"))  # how many processes there are
 
 
 def fast_bfloat16(device):
-    """Return whether matmuls in bfloat16 take 1/2 to 1/9 of their time in float32."""
+    """Return whether matmuls in bfloat16 are fast: 2 to 9 times as fast as in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
@@ -165,8 +168,8 @@ class Trainer:
         # Adam changes every number by about lr per step, however large its gradient is. So we
         # scale lr to the typical size of each parameter. Let s_x and s_y be the standard
         # deviations of the entries of x and y, and s_z that of the pre-activations. Rows of W_enc
-        # have length 1, so s_z equals the standard deviation of what the encoder reads. W_dec maps
-        # z to y, hence its size s_y / s_z, and W_skip maps x to y.
+        # have length 1, so s_z equals the standard deviation of what the encoder reads. The size of
+        # a matrix is by how much it scales its input: W_dec maps z to y, and W_skip maps x to y.
         s_x, s_y = (a.var(0, correction=0).mean().sqrt().item() for a in (x, y))
         self.s_z = s_z = s_x if coder.reads == "x" else s_y
         size = {"W_enc": 1, "b_enc": s_z, "W_dec": s_y / s_z, "b_dec": s_y, "W_skip": s_y / s_x}
@@ -192,8 +195,8 @@ class Trainer:
         self.optimizer.zero_grad()
         loss.backward()
 
-        # 3. Note the errors, and how active each latent was. Sum both and the gradients over all
-        #    processes. (Adam does not care whether a gradient is a sum or a mean.)
+        # 3. Note the errors, and which latents were active: those whose acts do not sum to 0. Add
+        #    up both and the gradients over all processes. (Adam ignores the scale of a gradient.)
         sums = torch.stack([squared_error.detach(), variance])
         act_sums = torch.zeros_like(coder.b_enc)  # [M]
         act_sums.index_add_(0, indices.flatten(), acts.detach().flatten())
@@ -213,8 +216,8 @@ class Trainer:
         if coder.unit_rows:
             coder.W_dec.data /= coder.W_dec.data.norm(dim=1, keepdim=True)
 
-        # 5. Raise the biases of dead latents, at the pace of the learning rate, until they fire
-        #    again. Without this up to a third of the latents die. (Bias adaptation, arXiv
+        # 5. Raise the biases of dead latents, with the learning rate's schedule, until they are
+        #    active again. Without this up to a third of the latents die. (Bias adaptation, arXiv
         #    2506.14002, is related.)
         coder.b_enc.data += WAKE * self.s_z * lr_factor * self.dead()
         self.silent = torch.where(act_sums > 0, 0, self.silent + len(x) * WORLD)
@@ -245,14 +248,17 @@ class DataError(Exception):
 def one_line(flag, hint, errors=LIBRARY_ERRORS):
     """Turn what a library raises for bad input into one line on stderr, and end the program.
 
-    Use it around calls of libraries only: an error in our own code must stay a traceback.
+    Use it around calls of libraries only: an error in our own code must stay a traceback. The
+    exception is DataError, which is ours and says what is wrong with the text.
     """
     try:
         yield
     except errors as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         line = lines[0]
-        if errors is DataError:  # from another process: a traceback, "skipcoder.DataError: ..."
+        # Other processes read the text. A DataError of theirs arrives with a whole traceback as its
+        # message, which ends in "skipcoder.DataError: ...".
+        if errors is DataError:
             line = lines[-1].split("DataError: ")[-1]
         sys.exit(f"error: {flag}: {line.rstrip('.')} ({hint})")
 
@@ -331,9 +337,9 @@ class MLPActivations:
         norm = y.norm(dim=1)  # [N]
         if self.max_norm is None:
             self.max_norm = OUTLIER * norm.median().item()
-        # Replace each outlier by the last normal token before it, which then counts twice. (At the
-        # very start, by the first normal token.) This way N stays the same. Outliers get a low
-        # position, so the running maximum of positions is that of the last normal token.
+        # Replace each outlier by the last normal token before it, which then counts twice. This way
+        # N stays the same. Outliers get the position of the first normal token, so the running
+        # maximum of positions is that of the last normal token, or of the first one at the start.
         normal = norm <= self.max_norm
         position = torch.arange(len(y), device=y.device)
         first_normal = normal.int().argmax()
@@ -385,7 +391,7 @@ def find_sources(dataset, subset):
 
 
 def read_records(source):
-    """Yield {"text": ...} for each document of a source. Other columns do not matter."""
+    """Yield {"text": ...} or a bare string for each document. Other columns do not matter."""
     if isinstance(source, datasets.IterableDataset):
         yield from source
     elif file_format(source) == ".parquet":
@@ -409,10 +415,11 @@ def read_texts(sources):
     """Yield the text of each document. Raises DataError if a source cannot be read."""
     for source in sources:
         try:
-            for number, text in enumerate(read_records(source)):
-                if isinstance(text, dict):
+            for number, record in enumerate(read_records(source)):
+                text = record
+                if isinstance(record, dict):
                     # A record may have no text, but if the first has none, the column is missing.
-                    text = text["text"] if number == 0 else text.get("text")
+                    text = record["text"] if number == 0 else record.get("text")
                 if isinstance(text, str):
                     # JSON may hold half a surrogate pair, which tokenizers refuse: write "?".
                     yield text.encode("utf-8", "replace").decode()
@@ -478,6 +485,8 @@ def token_batches(dataset, subset, tokenizer, ctx_len, rows, held_out=False, see
     )
     endless = seed is not None
     if endless:
+        # Processes share out the sources if these divide evenly among them. Otherwise each one reads
+        # all sources and keeps its share of the rows.
         stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
         stream = datasets.distributed.split_dataset_by_node(stream, RANK, WORLD)
     loader = torch.utils.data.DataLoader(
@@ -487,7 +496,7 @@ def token_batches(dataset, subset, tokenizer, ctx_len, rows, held_out=False, see
         num_workers=max(1, min(stream.num_shards, os.cpu_count() // WORLD - 1)),
         prefetch_factor=16,
         persistent_workers=endless,
-        worker_init_fn=leave_group,
+        worker_init_fn=ignore_ctrl_c,
     )
 
     def batches():
@@ -507,7 +516,7 @@ def token_batches(dataset, subset, tokenizer, ctx_len, rows, held_out=False, see
     return batches()
 
 
-def leave_group(_reader):
+def ignore_ctrl_c(_reader):
     """Let the main process alone act on Ctrl-C, and on a signal to the whole process group."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):  # not on Windows
@@ -591,14 +600,16 @@ def train(args):
         signal.signal(number, ask_to_stop)
 
     # The training loop.
+    stopping = stop
     log, finite, logged_at, saved_at = [], True, time.monotonic(), time.monotonic()
     bar = tqdm(total=steps * step_tokens, unit="tok", unit_scale=True, disable=RANK > 0)
     try:
         for step, tokens in zip(range(1, steps + 1), batches):
             # All processes have to stop after the same step, or the others would wait for ever.
+            stopping = stop.clone()  # since a signal may set `stop` while processes wait here
             if WORLD > 1:
-                torch.distributed.all_reduce(stop)
-            if stop:
+                torch.distributed.all_reduce(stopping)
+            if stopping:
                 break
 
             # Train each coder on the same activations.
@@ -609,7 +620,8 @@ def train(args):
             config["tokens_trained"] += step_tokens
             bar.update(step_tokens)
 
-            # Every few seconds, log the FVU since the last time.
+            # Every few seconds, the first process logs the FVU since the last time. (If it exits,
+            # torchrun ends the others.)
             now = time.monotonic()
             if RANK > 0 or (now < logged_at + LOG_EVERY and step < steps):
                 continue
@@ -621,6 +633,7 @@ def train(args):
             done, logged = config["tokens_trained"], log[-1]["tokens"] if log else 0
             speed = round((done - logged) / (now - logged_at))
             log.append({"tokens": done, "tokens_per_s": speed, "fvu": fvu, "dead": dead})
+            # The file is written anew each time, so that it never ends in half a line.
             lines = "".join(json.dumps(entry) + "\n" for entry in log)
             write(args.out / "log.jsonl", lines, f"--out {args.out}")
             low, high = min(fvu.values()), max(fvu.values())
@@ -632,13 +645,15 @@ def train(args):
     finally:
         # Save what was trained, whatever ended the loop.
         bar.close()
+        if hasattr(signal, "SIGCHLD"):  # the end of a reader must not interrupt us any more
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if RANK == 0 and config["tokens_trained"] > 0 and finite:
             save_run(config, coders)
-            print(f"saved after {config['tokens_trained']:,} tokens; last logged:")
+            print(f"saved after {config['tokens_trained']:,} tokens")
             for name in log[-1]["fvu"] if log else []:
                 print(f"  {name}: FVU {log[-1]['fvu'][name]:.3f}, dead {log[-1]['dead'][name]:.1%}")
             print(f"next: python eval.py {args.out} --html page.html")
-    if stop:
+    if stopping:
         sys.exit(130)
 
 
@@ -711,13 +726,14 @@ def topk(pre, k):
     """Return pre.topk(k) for pre [N, M], unsorted, in 50 to 80% of its time.
 
     Divide a row into M / 8 groups of 8 entries. The k largest entries lie in the k groups with the
-    largest maxima. (In any other group, k groups hold an entry that is larger still.) So only
-    these k groups need to be searched.
+    largest maxima: an entry of any other group is at most as large as these k maxima, which are k
+    entries. So only these k groups need to be searched.
     """
     N, M = pre.shape
     if M % 8 or M < 8 * k:
         return pre.topk(k, sorted=False)
-    groups = pre.view(N, 8, M // 8)  # group g holds the entries g, g + M / 8, g + 2 M / 8, ...
+    # [N, 8 members, M / 8 groups]: group g holds the entries g, g + M / 8, g + 2 M / 8, ...
+    groups = pre.view(N, 8, M // 8)
     best = groups.amax(1).topk(k, sorted=False).indices  # [N, k] groups
     candidates = groups.gather(2, best[:, None].expand(N, 8, k))  # [N, 8, k] entries
     values, place = candidates.flatten(1).topk(k, sorted=False)  # place counts through [8, k]
@@ -758,12 +774,14 @@ def save_run(config, coders):
 def load_run(run, device="cpu"):
     """Return the config of a run directory and its coders by name. Exits if it is not a run.
 
-    The only key of config.json that it needs is "coders", which maps names to folders. A folder
-    may come from sparsify.
+    The key "coders" of config.json maps names to folders. A folder may come from sparsify.
     """
     run = Path(run)
     with one_line(f"RUN {run}", "pass a folder that skipcoder.py wrote"):
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        for key in ("model", "layer", "dataset", "subset", "ctx_len"):  # what eval.py needs
+            if key not in config:
+                raise ValueError(f"config.json has no {key}")
         if "coders" not in config:  # written by an earlier version of this script
             ks = config["k"] if isinstance(config["k"], list) else [config["k"]]
             names = coder_names(config["arch"], ks)
@@ -888,10 +906,10 @@ def main():
     if not Path(args.dataset).exists():
         check_hub(args.dataset)
     if WORLD > 1:
-        torch.distributed.init_process_group()
+        torch.distributed.init_process_group()  # Gloo for tensors on the CPU, NCCL on CUDA
     with one_line(f"--model {args.model}", MODEL_HINT):
-        model = transformers.AutoConfig.from_pretrained(args.model).get_text_config()
-    limit = getattr(model, "max_position_embeddings", math.inf)
+        lm_config = transformers.AutoConfig.from_pretrained(args.model).get_text_config()
+    limit = getattr(lm_config, "max_position_embeddings", math.inf)
     args.ctx_len = args.ctx_len or min(256, limit)
     if args.ctx_len > limit:
         sys.exit(f"error: --ctx-len {args.ctx_len}: this model takes at most {limit} tokens")

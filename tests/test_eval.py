@@ -713,11 +713,12 @@ def llama(folder, tiny):
 @pytest.mark.parametrize("hookpoint", ["h.1.mlp", "layers.1.mlp"])
 def test_a_run_of_sparsify(trained, tiny, tmp_path, capsys, hookpoint):
     """Its folders need a config.json of six keys, written by hand. Names are free."""
-    run, kinds = tmp_path / "run", {"mine": "sae", "t": "transcoder", "skip": "skip_transcoder"}
+    run, kinds = tmp_path / "run", {"theirs": "sae", "t": "transcoder", "skip": "skip_transcoder"}
+    folders = {"theirs": hookpoint, "t": f"t/{hookpoint}", "skip": f"skip/{hookpoint}"}
     for name, arch in kinds.items():
         tensors = load_file(trained / arch / FOLDER / "sae.safetensors")
         as_sparsify_writes(
-            run / name / hookpoint,
+            run / folders[name],
             tensors,
             transcode=arch != "sae",
             skip_connection=arch == "skip_transcoder",
@@ -729,7 +730,7 @@ def test_a_run_of_sparsify(trained, tiny, tmp_path, capsys, hookpoint):
         "dataset": str(tiny / "text.jsonl"),
         "subset": None,
         "ctx_len": 32,
-        "coders": {name: f"{name}/{hookpoint}" for name in kinds},
+        "coders": folders,
     }
     (run / "config.json").write_text(json.dumps(config))
 

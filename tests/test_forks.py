@@ -107,7 +107,7 @@ class Forked:
         args = flags(tiny, out, "--tokens", 15_000, "--device", "cpu", *more)
         assert run_here(self.skipcoder, *args) == 0
         files = f"--json {out}/e.json --html {out}/e.html --svg {out}/e.svg"
-        sizes = "--tokens 6000 --latents 20 --device cpu"
+        sizes = "--tokens 4000 --latents 20 --device cpu"
         assert run_here(self.evaluation, out, *sizes.split(), *files.split()) == 0
         self.report = read_json(out / "e.json")
         self.coders = self.skipcoder.load_run(out)[1]

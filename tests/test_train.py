@@ -338,9 +338,9 @@ def stop_in_step(monkeypatch, number: int, action):
     return calls
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("number, times", [(3, 1), (4, 1), (3, 2)])
 def test_one_signal_ends_the_run_after_a_step_and_a_second_one_in_it(
-    tiny, tmp_path, monkeypatch, times
+    tiny, tmp_path, monkeypatch, number, times
 ):
     """A second one need not wait for the step. What was trained is saved by both."""
 
@@ -351,12 +351,12 @@ def test_one_signal_ends_the_run_after_a_step_and_a_second_one_in_it(
         ended.append("step")
 
     ended = []
-    calls = stop_in_step(monkeypatch, 3, interrupt)
+    calls = stop_in_step(monkeypatch, number, interrupt)
     out = tmp_path / "run"
     assert run_here(skipcoder, *flags(tiny, out, "--arch", "sae")) == 130
-    assert len(calls) == 3 and len(ended) == 2 - times
+    assert len(calls) == number and len(ended) == 2 - times
     config, _ = load_run(out)
-    assert config["tokens_trained"] == (4 - times) * 16 * 31
+    assert config["tokens_trained"] == (number + 1 - times) * 16 * 31
 
 
 def test_a_signal_to_a_reader_process_does_not_end_the_run(tiny, tmp_path, monkeypatch):
@@ -476,6 +476,22 @@ def test_a_full_disk_loses_nothing(trained, tiny, tmp_path):
     assert before == contents(out)
 
 
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    """And nothing beside it."""
+
+    def fail(path, to):
+        raise OSError("no space left")
+
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    monkeypatch.setattr(skipcoder.Path, "replace", fail)
+    for content in ("new", {"a": torch.ones(3)}):
+        with pytest.raises(SystemExit, match="error: --out run: no space left"):
+            skipcoder.write(path, content, "--out run")
+        assert list(tmp_path.iterdir()) == [path]
+        assert path.read_text() == "old"
+
+
 def test_an_existing_run_is_replaced_only_when_told_to_and_by_a_finite_one(trained, tiny, tmp_path):
     out = shutil.copytree(trained, tmp_path / "run")
     other = out / "mine" / FOLDER / "cfg.json"  # of something else
@@ -580,23 +596,43 @@ def test_two_processes(tiny, tmp_path):
     assert coders["skip_transcoder"].W_skip.any()
 
 
-# Each process says which one it is. It saves at each step.
+# Each process says which one it is. It saves at each step. With "alone" one of them is
+# interrupted while it asks the other one whether to stop, in step 5.
 SAVING = """
-import os, sys
+import os, signal, sys, torch
 print("pid", os.getpid(), flush=True)
+alone = sys.argv.pop(1) == "alone"
 sys.path.insert(0, sys.argv.pop(1))
 import skipcoder
 skipcoder.LOG_EVERY = skipcoder.SAVE_EVERY = 0
+all_reduce, asked = torch.distributed.all_reduce, []
+
+def interrupted(tensor):
+    all_reduce(tensor)
+    if tensor.shape == (1,):
+        asked.append(tensor)
+        if len(asked) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+if alone and skipcoder.RANK == 1:
+    torch.distributed.all_reduce = interrupted
 skipcoder.main()
 """
+INTERRUPTED = pytest.param(
+    "alone",
+    marks=pytest.mark.xfail(
+        reason="the flag that is shared is changed by the signal, to be mended"
+    ),
+)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_under_torchrun_saves_and_ends_both_processes(tiny, tmp_path, number):
-    """It reaches torchrun alone, which sends it to both, or one of them alone."""
+@pytest.mark.parametrize("reached", [INTERRUPTED, "torchrun"])
+def test_a_signal_under_torchrun_saves_and_ends_both_processes(tiny, tmp_path, reached):
+    """SIGTERM reaches torchrun, which sends it to both, or SIGINT one of them alone."""
     (tmp_path / "saving.py").write_text(SAVING)
     out, deadline = tmp_path / "run", time.time() + 90
-    args = [*TORCHRUN, tmp_path / "saving.py", ROOT, *flags(tiny, out, "--tokens", "1e9")]
+    args = [*TORCHRUN, tmp_path / "saving.py", reached, ROOT]
+    args += flags(tiny, out, "--tokens", "1e9")
     process = subprocess.Popen(
         [sys.executable, *map(str, args), "--arch=sae"],
         stdout=subprocess.PIPE,
@@ -606,19 +642,23 @@ def test_a_signal_under_torchrun_saves_and_ends_both_processes(tiny, tmp_path, n
         start_new_session=True,
     )
     pids = [int(process.stdout.readline().split()[1]) for _ in range(2)]
-    while not (out / "config.json").exists():
-        assert time.time() < deadline and process.poll() is None, "training did not start"
-        time.sleep(0.05)
-    time.sleep(0.3)
-    os.kill(pids[1] if number == signal.SIGINT else process.pid, number)
-    stdout, stderr = process.communicate(timeout=25)  # torchrun kills after 30 s
+    if reached == "torchrun":
+        while not (out / "config.json").exists():
+            assert time.time() < deadline and process.poll() is None, "training did not start"
+            time.sleep(0.05)
+        time.sleep(0.3)
+        process.terminate()
+    stdout, stderr = process.communicate(timeout=40)
 
     assert process.returncode != 0
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
     config, coders = load_run(out)
-    assert config["tokens_trained"] % (16 * 31) == 0 < config["tokens_trained"] < 1e9
+    trained = config["tokens_trained"]
+    assert trained % (16 * 31) == 0 < trained < 1e9
+    if reached == "alone":
+        assert trained == 5 * 16 * 31
     assert all(p.isfinite().all() for p in coders["sae"].parameters())
     check_end([line for line in stdout.splitlines() if line[:5] != "error"], out)
     assert stdout.count("saved after") == 1, "only one process saves"

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: MIT
+"""How does the skip connection that a transcoder learns relate to affine maps of the MLP?
+
+    python tests/smollm2.py
+    python tests/skip_study.py --model runs/smollm2 --dataset runs/smollm2/text.jsonl --layer 15
+
+An example of how to ask a question with skipcoder.py, whose flags it has. It adds architectures:
+skip transcoders whose W_skip starts as one of these maps, and is trained or stays so ("frozen").
+
+    zero           trained, this is the skip transcoder of the paper; frozen, it is no skip at all
+    least_squares  the W with which W x + b has the smallest squared error
+    jacobian       the MLP's derivative dy/dx, averaged over tokens
+
+At the end each W_skip is compared with these maps, and with the best map to what the latents leave.
+"""
+
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+import torch.nn.functional as F
+
+import eval as evaluation
+import skipcoder
+
+MAPS = {"zero": None, "least_squares": None, "jacobian": None}  # `study` fills in W [d, d]
+ARMS = [f"{name}-{how}" for name in MAPS for how in ("trained", "frozen")]
+PAPER = "zero-trained"
+train = skipcoder.train
+
+
+class Arm(skipcoder.Coder):
+    """A coder that may start as an affine map."""
+
+    @torch.no_grad()
+    def start(self, x, y):
+        super().start(x, y)
+        if self.arch in ARMS:
+            name, how = self.arch.split("-")
+            self.W_skip.copy_(MAPS[name])
+            self.b_dec -= self.W_skip @ x.mean(0)  # the best constant for this map
+            self.W_skip.requires_grad_(how == "trained")
+            self.arch = "skip_transcoder"  # for eval.py it is an ordinary one
+
+
+def least_squares(x, y):
+    """Return the W [d, d] with which W x + b predicts y best, for x, y [N, d].
+
+    The norm before the MLP leaves nearly no variance of x in one direction. There the entries of W
+    would be huge and mean nothing, so a little variance is added.
+    """
+    d = x.shape[1]
+    covariance = torch.cov(torch.cat([x, y], 1).double().T)  # [2 d, 2 d]
+    xx = covariance[:d, :d]
+    yx = covariance[d:, :d]
+    added = 1e-3 * xx.diagonal().mean() * torch.eye(d)
+    return torch.linalg.solve(xx + added, yx.T).T.float()
+
+
+def jacobian(mlp, x):
+    """Return the mean of dy/dx over x [N, d]. Its row i is the derivative of entry i of y."""
+    x = x.to(next(mlp.parameters())).requires_grad_()
+    sums = mlp.forward(x).sum(0)  # [d]. `mlp(x)` would call the hook, too.
+    rows = []
+    for entry in sums:
+        (gradient,) = torch.autograd.grad(entry, x, retain_graph=True)
+        rows.append(gradient.float().mean(0).cpu())
+    return torch.stack(rows)
+
+
+def cosine(A, B):
+    return f"{F.cosine_similarity(A.flatten(), B.flatten(), dim=0):.2f}"
+
+
+def study(args):
+    """Find the maps, train the arms, and compare them on held-out text."""
+    lm = skipcoder.load_lm(args.model, args.device)
+    _, blocks, mlp = skipcoder.find_mlp(lm, args.layer)
+    del blocks[args.layer + 1 :]
+    activations = skipcoder.MLPActivations(lm, mlp)
+    tokenizer = skipcoder.load_tokenizer(args.model)
+    source = args.dataset, args.subset, tokenizer, args.ctx_len, 4
+
+    def read(number, **side):
+        """Return x, y [N, d] of `number` batches, without the tokens that eval.py leaves out."""
+        pairs = []
+        for tokens in islice(skipcoder.token_batches(*source, **side), number):
+            activations(tokens.to(args.device))
+            counted = evaluation.counted_tokens(activations.y, activations.max_norm)
+            pairs.append((activations.x[counted].cpu(), activations.y[counted].cpu()))
+        return map(torch.cat, zip(*pairs))
+
+    # The maps. Least squares needs some 200 tokens for each entry of x, or else it overfits.
+    d = lm.config.get_text_config().hidden_size
+    x, y = read(200 * d // args.ctx_len // 4, seed=args.seed)
+    MAPS["zero"] = torch.zeros(d, d)
+    MAPS["least_squares"] = least_squares(x, y)
+    MAPS["jacobian"] = jacobian(mlp, x[::50])
+    sizes = torch.linalg.eigvalsh(torch.cov(x.double().T))
+    least, next_least, most = sizes[0], sizes[1], sizes[-1]
+    print(f"Variance of x by direction: {least:.2g}, {next_least:.2g}, ..., {most:.2g}")
+
+    train(args)
+
+    # Held-out text. W x is compared over x - mean(x), as a constant is b_dec's affair.
+    x, y = read(50, held_out=True)
+    parts = list(zip(x.split(1000), y.split(1000)))
+    variance = y.var(0).sum()
+    centred = x - x.mean(0)
+    log = [json.loads(line) for line in (args.out / "log.jsonl").open()]
+    table = [["", "FVU", "more than the paper's", "reaches its FVU at", "W_skip alone"]]
+    table[0] += ["matrix: least_squares", "jacobian", "W x: least_squares", "jacobian", "left"]
+    errors = {}
+    for arm, coder in skipcoder.load_run(args.out)[1].items():
+        y_hat = torch.cat([coder(*part)[0] for part in parts])
+        errors[arm] = (y - y_hat).square().sum(1) / variance  # [N], and their mean is the FVU
+        more = (errors[arm] - errors[PAPER]).split(1000)
+        more = torch.stack([part.mean() for part in more])
+        reached = [entry for entry in log if entry["fvu"][arm] <= log[-1]["fvu"][PAPER]]
+
+        W = coder.W_skip
+        W_x = centred @ W.T
+        left = least_squares(x, y - y_hat + W_x)
+        row = [arm, f"{errors[arm].mean():.4f}"]
+        row += [f"{more.mean():+.4f} ± {evaluation.standard_error(more):.4f}"]
+        row += [f"{reached[0]['tokens']:,}" if reached else "never"]
+        row += [f"{(y - W_x).var(0).sum() / variance:.4f}"]
+        others = [MAPS["least_squares"], MAPS["jacobian"]]
+        row += [cosine(W, other) for other in others]
+        row += [cosine(W_x, centred @ other.T) for other in [*others, left]]
+        table.append(row)
+    print(evaluation.markdown(table))
+
+
+if __name__ == "__main__":
+    skip = skipcoder.ARCHS["skip_transcoder"]
+    skipcoder.ARCHS |= {arm: skip for arm in ARMS}
+    skipcoder.train, skipcoder.Coder = study, Arm
+    skipcoder.LOG_EVERY = 20  # seconds
+    sys.argv[1:1] = ["--arch", *ARMS, "--expansion", "16", "--tokens", "500000"]
+    skipcoder.main()
