@@ -5,11 +5,12 @@
 
 It reads held-out documents, which training never saw. For each coder of the run it reports
 
-    FVU           sum |y - y_hat|^2 / sum |y - mean(y)|^2 over all tokens, as in training
+    FVU           sum |y - y_hat|^2 / sum |y - mean(y)|^2 over all counted tokens (see below)
     L0, dead      active latents per token; latents that are never active on these tokens
     CE increase   CE(y_hat) - CE(clean), where CE(y_hat) is the cross-entropy of the LM's
                   predictions with y_hat in place of the MLP's output
-    CE recovered  (CE(mean) - CE(y_hat)) / (CE(mean) - CE(clean)), with the mean of y in that place
+    CE recovered  1 - (CE(y_hat) - CE(clean)) / (CE(mean) - CE(clean)), where the mean of y
+                  replaces the MLP's output for CE(mean)
     KL            KL(clean || patched) of the next-token distributions
     intruder      of five contexts, the latent is active on four; the score is how often the fifth
                   is picked out. This is a proxy of interpretability (see `intruder_trials`).
@@ -53,7 +54,7 @@ PREDICTED = slice(2, None)  # the positions of these next tokens
 CE_TOKENS = 20_000  # CE and KL use only about so many tokens, as each coder needs a pass of the LM
 
 TRIALS = 10  # intruder trials per latent
-FIFTHS = 5  # each trial is about one fifth of the latent's active tokens, sorted by act
+FIFTHS = 5  # each trial draws from one fifth of the latent's active tokens, sorted by act
 SHOWN = 4  # contexts of a trial on which the latent is active; one more is the intruder
 MIN_ACTIVE = 40  # a latent is scored if it is active on at least so many tokens, 8 in each fifth
 
@@ -77,7 +78,7 @@ class PatchedLM:
 
     def __init__(self, lm, layer):
         self.lm = lm
-        mlp = skipcoder.find_mlp(lm, layer)[2]
+        _, _, mlp = skipcoder.find_mlp(lm, layer)
         mlp.register_forward_hook(self.at_mlp)
         # The neurons are the input of the MLP's last linear layer: c_proj in GPT-2, down_proj in
         # Llama.
@@ -108,10 +109,10 @@ class PatchedLM:
         """Return log-probabilities over the vocabulary, [rows, T - 2, vocabulary].
 
         They predict positions 2 to T - 1. If y_hat [rows, T, d] is given, it replaces the MLP's
-        output. With logits=False nothing is predicted, and only the hooks are of use.
+        output. With logits=False nothing is predicted, but x, y, neurons and hidden are set.
         """
         self.y_hat = y_hat
-        self.positions = PREDICTING if logits else slice(0)
+        self.positions = PREDICTING if logits else slice(0)  # slice(0) is none of them
         return self.lm(tokens, use_cache=False).logits.log_softmax(-1)
 
 
@@ -146,7 +147,8 @@ def mean_and_error(values, counted):
     """Return the mean of the counted values and its standard error; both inputs are [rows, n].
 
     Tokens of one row depend on one another, so the error comes from the differences between rows.
-    It is that of a ratio: the sum over all rows divided by the number of counted values.
+    The mean is a ratio of two sums over rows, of values and of counts. Its error is the usual
+    linearised one: the error of the mean of (sum - mean * count) / (mean count).
     """
     sums = (values.double() * counted).sum(1)  # [rows]
     numbers = counted.double().sum(1)  # [rows]
@@ -168,8 +170,9 @@ def fit_affine(patched, batches, max_norm, device):
     """Return the best affine map from x to y, and the means of x and y.
 
     It is the least-squares solution A [d, d], b [d] of y = x A + b over all counted tokens. The
-    matrix x^T x is singular, since a layer norm takes a dimension away. So 1e-6 of the mean of its
-    diagonal is added to the diagonal, which moves FVU by less than 1e-5.
+    matrix x^T x may be singular, as after a layer norm, which makes the entries of x sum to zero up
+    to its scale and bias. So 1e-6 of the mean of its diagonal is added to the diagonal, which moves
+    FVU by less than 1e-5.
     """
     products = 0  # (x, 1)^T (x, 1, y): [d + 1, 2 d + 1], in float64 on the CPU
     for tokens in batches:
@@ -193,9 +196,10 @@ def fit_affine(patched, batches, max_norm, device):
 
 
 class Sample:
-    """What one pass over held-out text collects. Each list has one entry per batch.
+    """What one pass over held-out text collects. The lists have one entry per batch.
 
-    Counted tokens are numbered through, from 0: such a number is called a place.
+    The lists of predictions end with the first CE_TOKENS tokens. Counted tokens are numbered from
+    0 on, and such a number is called a place.
     """
 
     def __init__(self):
@@ -244,7 +248,7 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
         return coded, y_hats
 
     for tokens in batches:
-        # The clean LM.
+        # The clean LM. It predicts until there are CE_TOKENS predictions.
         with_predictions = sum(map(torch.numel, sample.predicting)) < CE_TOKENS
         tokens = tokens.to(device)
         log_p = patched(tokens, logits=with_predictions)
@@ -271,8 +275,8 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
         for name, y_hat in y_hats.items():
             sample.errors[name].add(y - y_hat)
         for name, coder in coders.items():
-            # For a part by itself, `evaluate` takes the variance of its error. The mean of the
-            # error does not count there: each part gets the constant that suits it best.
+            # A part by itself may add the constant that suits it best. So its FVU comes from the
+            # variance of this error, and that of a whole coder from the plain squares of its error.
             if coder.W_skip is not None:
                 skip = F.linear(x, coder.W_skip)
                 sample.errors_alone[name, "latents"].add(y - (y_hats[name] - skip))
@@ -290,9 +294,9 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
             sample.predicting.append(counted[:, PREDICTING].cpu())
             sample.ce["clean"].append(cross_entropies(log_p, tokens))
             for name, y_hat in y_hats.items():
-                in_place = y_rows.clone()
-                in_place[counted] = y_hat
-                log_q = patched(tokens, in_place)
+                output = y_rows.clone()
+                output[counted] = y_hat
+                log_q = patched(tokens, output)
                 kl = torch.linalg.vecdot(log_p.exp(), log_p - log_q)
                 sample.ce[name].append(cross_entropies(log_q, tokens))
                 sample.kl[name].append(kl.cpu())
@@ -302,9 +306,9 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
 def losses(sample, name):
     """Return FVU, CE and KL of what stood in the MLP's place under this name."""
     counted = torch.cat(sample.predicting)
-    ce, clean, mean = (torch.cat(sample.ce[key]) for key in (name, "clean", "mean"))
+    ce, clean, ablated = (torch.cat(sample.ce[key]) for key in (name, "clean", "mean"))
     increase, increase_se = mean_and_error(ce - clean, counted)
-    harm, _ = mean_and_error(mean - clean, counted)
+    harm, _ = mean_and_error(ablated - clean, counted)
     kl, kl_se = mean_and_error(torch.cat(sample.kl[name]), counted)
     error, error_outliers = sample.errors[name].squares, sample.errors_outliers[name].squares
     return {
@@ -352,7 +356,7 @@ def intruder_trials(places, num_tokens, generator):
     (0 is the top fifth), and one place where the latent is silent.
     """
     trials = torch.empty(len(places), TRIALS, SHOWN + 1, dtype=torch.int64)
-    for of_latent, active in zip(trials, places):
+    for of_latent, active in zip(trials, places):  # rows of trials, filled in here
         silent = torch.ones(num_tokens).index_fill(0, active, 0).nonzero().flatten()
         fifths = active.tensor_split(FIFTHS)
         for t, trial in enumerate(of_latent):
@@ -415,7 +419,7 @@ def promoted(lm, W):
     """
     norm, head = final_norm(lm), lm.get_output_embeddings().weight
     W = W.to(head.dtype)
-    bias = norm(torch.zeros_like(W))
+    bias = norm(torch.zeros_like(W))  # since a norm maps zero to its bias
     return ((norm(W) - bias) @ head.T).topk(5).indices
 
 
@@ -453,7 +457,8 @@ def evaluate(config, coders, args):
     A, b, x_mean, y_mean = fit_affine(patched, training, max_norm, device)
     untrained = Coder("transcoder", d, M, k, seed=args.seed + 1)
     untrained.to(device).requires_grad_(False)
-    untrained.start(x_mean[None], y_mean[None])  # set its biases
+    # Set its biases, as Trainer does, from a "batch" of one row: the means.
+    untrained.start(x_mean[None], y_mean[None])
     baselines = {"A": A, "b": b, "y_mean": y_mean, "untrained": untrained}
 
     # One pass over held-out text.
@@ -571,7 +576,7 @@ def markdown(cells):
     return "\n".join(lines)
 
 
-def score_line(report, arch):
+def score_curve(report, arch):
     """Return log CE increase, score and its error of the coders of an architecture, sorted."""
     rows = [row for row in report["coders"].values() if row["arch"] == arch]
     rows = [row for row in rows if row["intruder"] is not None and row["ce_increase"] > 0]
@@ -582,11 +587,12 @@ def score_line(report, arch):
 def compare(report, arch, other):
     """Return a sentence on the scores of two architectures at equal CE increase.
 
-    It gives their mean difference over log CE increase, where the lines through all k overlap. Its
-    error is that of 1,000 repetitions with normal noise of the size of the scores' own errors.
-    Without an overlap there is no sentence.
+    Between the k of an architecture, interpolate the score linearly over log CE increase. Where the
+    curves of both overlap, take the mean of their difference. Its error comes from 1,000
+    repetitions with normal noise of the size of the scores' own errors. Without an overlap there
+    is no sentence.
     """
-    lines = [score_line(report, name) for name in (arch, other)]
+    lines = [score_curve(report, name) for name in (arch, other)]
     if not all(len(x) for x, _, _ in lines):
         return []
     low = max(x[0] for x, _, _ in lines)
@@ -689,12 +695,12 @@ def main():
 
     hint = skipcoder.DATA_HINT
     with skipcoder.one_line(f"--dataset {args.dataset}", hint, skipcoder.DataError):
-        report, shown = evaluate(config, coders, args)
+        report, for_page = evaluate(config, coders, args)
     for name, path in outputs.items():
         if name == "--json":
             content = json.dumps(report, indent=2)
         elif name == "--html":
-            content = page(report, *shown)
+            content = page(report, *for_page)
         else:
             content = chart(report, "ce_increase", "intruder")
         skipcoder.write(path, content + "\n", f"{name} {path}")

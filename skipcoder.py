@@ -97,8 +97,8 @@ class Coder(nn.Module):
         self.W_enc = nn.Parameter(W)
         self.b_enc = nn.Parameter(torch.zeros(num_latents))
         # A latent of the autoencoder should write what it reads, so W_dec starts as W_enc. What a
-        # latent of a transcoder should write is not known in advance, so W_dec starts as zero. (After
-        # one step it is not zero any more, and W_enc gets a gradient.)
+        # latent of a transcoder should write is not known in advance, so W_dec starts as zero.
+        # W_enc gets a gradient after one step, when W_dec is no longer zero.
         self.W_dec = nn.Parameter(W.clone() if self.unit_rows else torch.zeros_like(W))
         self.b_dec = nn.Parameter(torch.zeros(d))
         self.W_skip = nn.Parameter(torch.zeros(d, d)) if spec.skip else None
@@ -485,8 +485,8 @@ def token_batches(dataset, subset, tokenizer, ctx_len, rows, held_out=False, see
     )
     endless = seed is not None
     if endless:
-        # Processes share out the sources if these divide evenly among them. Otherwise each one reads
-        # all sources and keeps its share of the rows.
+        # Processes share out the sources if these divide evenly among them. Otherwise each process
+        # reads all sources and keeps its share of the rows.
         stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
         stream = datasets.distributed.split_dataset_by_node(stream, RANK, WORLD)
     loader = torch.utils.data.DataLoader(

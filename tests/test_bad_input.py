@@ -198,17 +198,12 @@ def test_runs_that_are_broken(capfd, trained, tmp_path):
         assert f"RUN {copy}: " in fails(evaluation, capfd, copy)
 
 
-NOT_YET = pytest.mark.xfail(reason="a TypeError or KeyError out of our own code, to be mended")
-
-
-@NOT_YET
 def test_a_config_that_is_no_object(capfd, trained, tmp_path):
     copy = shutil.copytree(trained, tmp_path / "copy")
     (copy / "config.json").write_text("[]")
     assert f"RUN {copy}: " in fails(evaluation, capfd, copy)
 
 
-@NOT_YET
 @pytest.mark.parametrize("key", ["model", "layer", "dataset", "subset", "ctx_len"])
 def test_a_config_written_by_hand_that_lacks_a_key(capfd, trained, tmp_path, key):
     copy = shutil.copytree(trained, tmp_path / "copy")
