@@ -12,10 +12,10 @@ its output:
     transcoder       z = TopK(W_enc x + b_enc)              y_hat = W_dec z + b_dec
     skip_transcoder  z = TopK(W_enc x + b_enc)              y_hat = W_dec z + W_skip x + b_dec
 
-x and y have d entries, and z has one entry for each of the M latents. TopK keeps the k largest
-entries, except that negative ones become 0 (a ReLU), and sets all others to 0. The autoencoder
-shows what the MLP's output is made of. The transcoders imitate what the MLP computes. All three
-predict y, and training minimises the fraction of the variance of y that is left unexplained:
+x and y have d entries, and z has one entry for each of the M latents. TopK sets all but the k
+largest entries to 0, and then negative ones, too (a ReLU). The autoencoder shows what the MLP's
+output is made of. The transcoders imitate what the MLP computes. All three predict y, and training
+minimises the fraction of the variance of y that is left unexplained:
 
     FVU = sum |y - y_hat|^2 / sum |y - mean(y)|^2
 
@@ -167,9 +167,10 @@ class Trainer:
 
         # Adam changes every number by about lr per step, however large its gradient is. So we
         # scale lr to the typical size of each parameter. Let s_x and s_y be the standard
-        # deviations of the entries of x and y, and s_z that of the pre-activations. Rows of W_enc
-        # have length 1, so s_z equals the standard deviation of what the encoder reads. The size of
-        # a matrix is by how much it scales its input: W_dec maps z to y, and W_skip maps x to y.
+        # deviations of the entries of x and y, and s_z that of the pre-activations. W_enc starts
+        # with random rows of length 1, so on average s_z equals the standard deviation of what the
+        # encoder reads. The size of a matrix is the ratio of its output to its input, not that of
+        # an entry: W_dec maps z to y, W_skip maps x to y.
         s_x, s_y = (a.var(0, correction=0).mean().sqrt().item() for a in (x, y))
         self.s_z = s_z = s_x if coder.reads == "x" else s_y
         size = {"W_enc": 1, "b_enc": s_z, "W_dec": s_y / s_z, "b_dec": s_y, "W_skip": s_y / s_x}
@@ -552,7 +553,7 @@ def train(args):
     d, M = y.shape[1], args.expansion * y.shape[1]
     names = coder_names(args.arch, args.k)
     size = len(names) * 2 * M * d * 16  # bytes of weights, gradients and Adam's two averages
-    try:
+    try:  # whether so much can be allocated
         torch.empty(size, dtype=torch.int8, device=args.device)
     except RuntimeError:  # too little memory
         sys.exit(f"error: --expansion {args.expansion}: {size:,} bytes are needed (lower it)")
@@ -736,7 +737,8 @@ def topk(pre, k):
     groups = pre.view(N, 8, M // 8)
     best = groups.amax(1).topk(k, sorted=False).indices  # [N, k] groups
     candidates = groups.gather(2, best[:, None].expand(N, 8, k))  # [N, 8, k] entries
-    values, place = candidates.flatten(1).topk(k, sorted=False)  # place counts through [8, k]
+    values, place = candidates.flatten(1).topk(k, sorted=False)
+    # Place counts through [8, k]: it stands for member place // k of group best[place % k].
     member, group = place // k, best.gather(1, place % k)
     return values, member * (M // 8) + group
 
