@@ -472,7 +472,11 @@ def evaluate(config, coders, args):
     active, scored, found = {}, {}, {}
     for name, entries in tqdm(sample.active.items(), "intruder trials", leave=False):
         generator = torch.Generator().manual_seed(args.seed)
-        size = patched.neurons.shape[-1] if name == "neurons" else M
+        size = M  # of the untrained coder
+        if name in coders:
+            size = len(coders[name].b_enc)
+        elif name == "neurons":
+            size = patched.neurons.shape[-1]
         active[name] = ActiveTokens(entries, size, n)
         scored[name] = active[name].draw(args.latents, generator)
         places = [active[name].places[j] for j in scored[name]]

@@ -788,12 +788,16 @@ def load_run(run, device="cpu"):
             ks = config["k"] if isinstance(config["k"], list) else [config["k"]]
             names = coder_names(config["arch"], ks)
             config["coders"] = {name: f"{name}/{config['hookpoint']}" for name in names}
-        coders = {name: load_coder(run / folder) for name, folder in config["coders"].items()}
-    return config, {name: coder.to(device) for name, coder in coders.items()}
+        parts = {name: read_coder(run / folder) for name, folder in config["coders"].items()}
+    coders = {}
+    for name, (arch, d, M, k, tensors) in parts.items():
+        coders[name] = Coder(arch, d, M, k).to(device).requires_grad_(False)
+        coders[name].load_state_dict(tensors)
+    return config, coders
 
 
-def load_coder(folder):
-    """Load one coder, for inference, from a folder of ours or of sparsify."""
+def read_coder(folder):
+    """Return architecture, d, M, k and tensors from a folder of ours or of sparsify."""
     cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
     tensors = load_file(folder / "sae.safetensors")
     if cfg["activation"] != Coder.activation:
@@ -805,9 +809,9 @@ def load_coder(folder):
     else:
         arch = "transcoder" if cfg["transcode"] else "sae"
     M, d = tensors["W_dec"].shape
-    coder = Coder(arch, d, M, cfg["k"])
-    coder.load_state_dict({n: tensors[FILE_NAMES.get(n, n)] for n in coder.state_dict()})
-    return coder.requires_grad_(False)
+    for ours, in_file in FILE_NAMES.items():
+        tensors[ours] = tensors.pop(in_file)
+    return arch, d, M, cfg["k"], tensors
 
 
 def write(path, content, flag):

@@ -1,5 +1,6 @@
 """Training as a user runs it: what is printed and written, and what an end too early leaves."""
 
+import contextlib
 import gzip
 import json
 import multiprocessing
@@ -642,7 +643,13 @@ def test_a_signal_under_torchrun_saves_and_ends_both_processes(tiny, tmp_path, r
             time.sleep(0.05)
         time.sleep(0.3)
         process.terminate()
-    stdout, stderr = process.communicate(timeout=40)
+    try:
+        stdout, stderr = process.communicate(timeout=40)
+    except subprocess.TimeoutExpired:
+        for pid in (process.pid, *pids):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        raise
 
     assert process.returncode != 0
     for pid in pids:
