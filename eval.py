@@ -489,6 +489,7 @@ def evaluate(config, coders, args):
     run = {key: config.get(key) for key in IN_REPORT}
     run["hookpoint"] = skipcoder.find_mlp(lm, config["layer"])[0]
     run |= {"num_latents": M, "tokens_asked_for": args.tokens, "baselines_k": k}
+    run["tokens_read"] = sample.y_all.number  # with outliers
     run["k"] = sorted(set(ks))
     report = {
         "tokens": n,
@@ -659,7 +660,7 @@ def remarks(report):
         )
     if run["tokens_trained"] and run["tokens_trained"] < run["tokens"]:
         lines.append(f"The run was stopped early: {run['tokens']:,} tokens were asked for.")
-    if round(report["tokens"] / (1 - left_out["tokens"])) < run["tokens_asked_for"]:
+    if run["tokens_read"] < run["tokens_asked_for"]:
         lines.append(f"There are fewer held-out tokens than --tokens {run['tokens_asked_for']:,}.")
     too_few = [name for name, row in rows.items() if row.get("latents_scored", 2) < 2]
     if too_few:

@@ -378,7 +378,7 @@ def find_files(path):
         hints = [hint for ending, hint in OTHER_FORMATS.items() if ending in formats]
         sys.exit(f"error: --dataset {path}: no text to read ({(hints or [DATA_HINT])[0]})")
     read = [file for file in files if file_format(file) == chosen]
-    return read, [file for file in files if file not in read]
+    return read, [file for file in files if file_format(file) != chosen]
 
 
 def find_sources(dataset, subset):

@@ -116,6 +116,7 @@ RUN = {
     "tokens": 10,
     "tokens_trained": 10,
     "tokens_asked_for": 10,
+    "tokens_read": 10,
     "baselines_k": 8,
     "versions": {},
 }
