@@ -221,8 +221,8 @@ def test_an_sae_on_the_input(copies, load, tiny, tmp_path):
 BUGS = {  # script, a line, what stands there instead, and the error
     "Coder": (
         "skipcoder.py",
-        "return pre.relu(), indices",
-        "return pre.rellu(), indices",
+        "return top.relu(), indices",
+        "return top.rellu(), indices",
         AttributeError,
     ),
     "Coder.start": (
@@ -233,7 +233,7 @@ BUGS = {  # script, a line, what stands there instead, and the error
     ),
     "Trainer": ("skipcoder.py", "loss = squared_error / variance", "loss = {}['loss']", KeyError),
     "Trainer.step": ("skipcoder.py", "self.sums += sums", "self.sums += int('x')", ValueError),
-    "MLPActivations": ("skipcoder.py", "return x[index], y[index]", "return x[y]", IndexError),
+    "MLPActivations": ("skipcoder.py", "return x[normal], y[normal]", "return x[y]", IndexError),
     "train": ("skipcoder.py", "bar.update(step_tokens)", "open('no such file')", OSError),
     "save_run": ("skipcoder.py", '"k": coder.k,', '"k": coder.no_such_k,', AttributeError),
     "PatchedLM": ("eval.py", "self.neurons = args[0]", "self.neurons = args[7]", IndexError),
