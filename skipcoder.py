@@ -82,8 +82,8 @@ class Coder(nn.Module):
     """A sparse coder with M latents, for activations of width d.
 
     Row j of W_enc [M, d] is the direction that latent j reads, and row j of W_dec [M, d] is the
-    direction that it writes. (W_dec is the transpose of the one above.) The activations of N
-    tokens are the rows of a matrix [N, d].
+    direction that it writes. (This is the transpose of the W_dec in the equations at the top of the
+    file.) The activations of N tokens are the rows of a matrix [N, d].
     """
 
     # Saved in cfg.json. Change it when you change `encode`, so that other code can tell.
@@ -122,7 +122,7 @@ class Coder(nn.Module):
         An act is the value of a latent. It is positive, or 0 where the ReLU applies.
         """
         read = x if self.reads == "x" else y - self.b_dec  # [N, d]
-        # This equals F.linear(read, self.W_enc, self.b_enc).topk(self.k), but it is faster.
+        # A faster F.linear(read, self.W_enc, self.b_enc).topk(self.k), with the same gradients:
         top, indices = TopKEncoder.apply(read, self.W_enc, self.b_enc, self.k)  # [N, k] each
         return top.relu(), indices
 
@@ -143,7 +143,7 @@ class Coder(nn.Module):
 # ---- Trainer: one step ----------------------------------------------------------------------
 
 BETAS = (0.9, 0.98)  # of Adam; the usual 0.999 averages over 1,000 steps, half of a short run
-DEAD = 0.02  # a latent is dead once it has been silent for this share of all training tokens
+DEAD = 0.02  # a latent is dead once it has been silent for this share of all training steps
 WAKE = 0.03  # a dead latent's bias rises by this per step, in units of the pre-activations
 
 # torchrun starts several processes, and each trains on its own part of the text.
@@ -162,19 +162,19 @@ class Trainer:
     """A coder, its optimizer, and how long each latent has been silent."""
 
     def __init__(self, coder: Coder, x, y, lr: float, dead_after: float):
-        """Start the coder on a first batch x, y [N, d]; `dead_after` is a number of tokens."""
+        """Start the coder on a first batch x, y [N, d]; `dead_after` is a number of steps."""
         self.coder, self.lr, self.dead_after = coder, lr, dead_after
         coder.start(x, y)
 
         # Adam changes every number by about lr per step, however large its gradient is. So we
-        # scale lr to the typical size of each parameter. For a matrix that is the ratio of its
-        # output to its input. Let s_x, s_y and s_z be the standard deviations of the entries of x,
-        # of y and of the pre-activations. As the rows of W_enc have length 1 at first, s_z is about
-        # that of what the encoder reads.
+        # scale lr to each parameter: a bias to its typical size, a matrix to its gain, the size of
+        # its output over the size of its input. Let s_x, s_y and s_z be the standard deviations of
+        # the entries of x, of y and of the pre-activations. As the rows of W_enc have length 1 at
+        # first, s_z is about that of what the encoder reads.
         s_x, s_y = (a.var(0, correction=0).mean().sqrt().item() for a in (x, y))
         self.s_z = s_z = s_x if coder.reads == "x" else s_y
         size = {
-            "W_enc": 1,  # maps what it reads to pre-activations of the same size
+            "W_enc": 1,  # maps what is read to pre-activations of the same size
             "b_enc": s_z,
             "W_dec": s_y / s_z,  # maps latents to y
             "b_dec": s_y,
@@ -184,7 +184,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam(groups, lr=lr, betas=BETAS, fused=True)
 
         M = len(coder.W_enc)
-        self.silent = torch.zeros(M, dtype=torch.int64, device=x.device)  # tokens since last active
+        self.silent = torch.zeros(M, device=x.device)  # steps since each latent was last active
         self.sums = torch.zeros(2, device=x.device)  # squared error and variance since `pop_fvu`
 
     def step(self, x, y, lr_factor: float):
@@ -202,8 +202,9 @@ class Trainer:
         self.optimizer.zero_grad()
         loss.backward()
 
-        # 3. Note the errors, and which latents were active: those whose acts do not sum to 0. Add
-        #    up both and the gradients over all processes. (Adam ignores the scale of a gradient.)
+        # 3. Note the errors, and the sum of each latent's acts: it is 0 if the latent was silent.
+        #    Then add up errors, acts and gradients over all processes. (Adam ignores the scale of a
+        #    gradient.)
         sums = torch.stack([squared_error.detach(), variance])
         act_sums = torch.zeros_like(coder.b_enc)  # [M]
         act_sums.index_add_(0, indices.flatten(), acts.detach().flatten())
@@ -223,18 +224,18 @@ class Trainer:
         if coder.unit_rows:
             coder.W_dec.data /= coder.W_dec.data.norm(dim=1, keepdim=True)
 
-        # 5. Raise the biases of the latents that were dead before this batch, until they are active
-        #    again, with the learning rate's schedule. Without this up to a third of the latents
-        #    die. (Bias adaptation, arXiv 2506.14002, is related.)
+        # 5. Raise the biases of dead latents until they are active again. The raises shrink with
+        #    the learning rate. Without them up to a third of the latents die. (Bias adaptation,
+        #    arXiv 2506.14002, is related.)
+        self.silent = torch.where(act_sums > 0, 0, self.silent + 1)
         coder.b_enc.data += WAKE * self.s_z * lr_factor * self.dead()
-        self.silent = torch.where(act_sums > 0, 0, self.silent + len(x) * WORLD)
 
     def dead(self):
         """Return which latents are dead: bool [M]."""
         return self.silent >= self.dead_after
 
     def pop_fvu(self):
-        """Return the FVU over all tokens since the last call."""
+        """Return the FVU of the batches since the last call, each about its own mean."""
         squared_error, variance = self.sums.tolist()
         self.sums.zero_()
         return squared_error / variance
@@ -247,7 +248,7 @@ OUTLIER = 10  # a token is an outlier if |y| is more than this many times the me
 
 def load_lm(name: str, device):
     """Load a causal LM from the hub or a folder, for inference."""
-    with one_line(f"--model {name}", MODEL_HINT):
+    with exit_on_error(f"--model {name}", MODEL_HINT):
         config = transformers.AutoConfig.from_pretrained(name)
         # GPT-2's gelu_new runs as eight kernels. This is the same function in one kernel.
         if getattr(config, "activation_function", None) == "gelu_new":
@@ -259,9 +260,9 @@ def load_lm(name: str, device):
 
 def load_tokenizer(name: str):
     hint = "save the model's tokenizer beside it"
-    with one_line(f"--model {name}", hint):
+    with exit_on_error(f"--model {name}", hint):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    if len(tokenizer) < 2:  # transformers may return an empty one for a folder without
+    if len(tokenizer) < 2:  # transformers may return an empty one if the folder has none
         sys.exit(f"error: --model {name}: there is no tokenizer ({hint})")
     return tokenizer
 
@@ -321,7 +322,7 @@ class MLPActivations:
 # ---- Text: documents -> one side of the split -> packed rows -> shuffled -> batches ----------
 
 LONGEST = 100_000  # characters; longer documents are cut before they are tokenised
-SHUFFLE_ROWS = 2048  # rows are drawn from a pool of this size: mixing them lowers FVU by 15%
+SHUFFLE_ROWS = 2048  # rows are drawn from a pool of this size; in order, FVU is .108, not .092
 
 
 def is_held_out(text):
@@ -370,23 +371,23 @@ def token_batches(dataset, subset, tokenizer, ctx_len, rows, held_out=False, see
     For training, pass a seed: rows are then shuffled, text is repeated for ever in a new order
     each time, all batches are full, and each process under torchrun gets its own.
     """
-    sources = find_sources(dataset, subset)
-    how = {"held_out": held_out, "tokenizer": tokenizer, "ctx_len": ctx_len}
-    stream = datasets.IterableDataset.from_generator(
-        stream_rows,
-        gen_kwargs={"sources": sources} | how,  # `datasets` divides this list among the readers
-    )
+    kwargs = {"held_out": held_out, "tokenizer": tokenizer, "ctx_len": ctx_len}
+    # `datasets` takes the items of a list as shards, and deals them out to the readers.
+    kwargs["sources"] = find_sources(dataset, subset)
+    stream = datasets.IterableDataset.from_generator(stream_rows, gen_kwargs=kwargs)
     endless = seed is not None
     if endless:
         stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
         # This gives each process its own sources if their number is a multiple of WORLD. If not,
         # each process reads all of them and keeps one row in WORLD.
         stream = datasets.distributed.split_dataset_by_node(stream, RANK, WORLD)
+    # A source is read by one reader. One core is left for the main process.
+    readers = min(stream.num_shards, os.cpu_count() // WORLD - 1)
     loader = torch.utils.data.DataLoader(
         stream,
         batch_size=rows,
         drop_last=endless,
-        num_workers=max(1, min(stream.num_shards, os.cpu_count() // WORLD - 1)),
+        num_workers=max(1, readers),
         prefetch_factor=16,
         persistent_workers=endless,
         worker_init_fn=ignore_signals,
@@ -411,10 +412,13 @@ def token_batches(dataset, subset, tokenizer, ctx_len, rows, held_out=False, see
 
 
 def ignore_signals(_reader):
-    """Make a reader process ignore Ctrl-C, since the main process decides when to stop."""
+    """Keep signals from a reader process, since the main process decides when to stop.
+
+    It ignores Ctrl-C, and it leaves the process group, to which a SIGTERM may be sent.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):  # not on Windows
-        os.setpgrp()  # signals to the main process and its group do not reach the reader either
+        os.setpgrp()
 
 
 # ---- Training -------------------------------------------------------------------------------
@@ -439,6 +443,8 @@ def train(args):
     batches = token_batches(*source, args.batch_size // WORLD, seed=args.seed)
 
     # Build the coders. The first batch sets where they start; they are not trained on it.
+    step_tokens = args.batch_size * (args.ctx_len - 1)
+    steps = math.ceil(args.tokens / step_tokens)
     tokens = next(batches).to(args.device)
     if WORLD > 1:
         torch.distributed.broadcast(tokens, 0)  # so that all processes start from the same batch
@@ -448,11 +454,9 @@ def train(args):
     coders, trainers = {}, {}
     for name, (arch, k) in coder_names(args.arch, args.k).items():
         coders[name] = Coder(arch, d, M, k, args.seed).to(args.device)
-        trainers[name] = Trainer(coders[name], x, y, args.lr, DEAD * args.tokens)
+        trainers[name] = Trainer(coders[name], x, y, args.lr, DEAD * steps)
 
     # Collect what goes into config.json.
-    step_tokens = args.batch_size * (args.ctx_len - 1)
-    steps = math.ceil(args.tokens / step_tokens)
     config = vars(args) | {"hookpoint": hookpoint, "d": d, "num_latents": M}
     config["max_norm"] = activations.max_norm
     config["coders"] = {name: f"{name}/{hookpoint}" for name in coders}  # the folder of each
@@ -469,7 +473,7 @@ def train(args):
         print(
             f"{steps:,} steps of {step_tokens:,} tokens, lr {args.lr:.2g}, {args.device} x {WORLD}"
         )
-        with one_line(f"--out {args.out}", "pass another folder"):
+        with exit_on_error(f"--out {args.out}", "pass another folder"):
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "log.jsonl").open("a").close()
 
@@ -514,7 +518,8 @@ def train(args):
     finally:
         # Save what was trained, whatever ended the loop.
         bar.close()
-        if hasattr(signal, "SIGCHLD"):  # DataLoader's handler would raise when a reader ends
+        # DataLoader raises when a reader ends. That would interrupt the saving.
+        if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if RANK == 0 and config["tokens_trained"] > 0 and finite:
             save_run(config, coders)
@@ -563,7 +568,7 @@ def stop_on_signals():
 
     def asked_to_stop():
         # If one process was asked, all have to stop after the same step: a process that went on
-        # would wait for the others for ever.
+        # would wait for the others for ever. They talk by Gloo here, as this tensor is on the CPU.
         signals = torch.tensor(len(received))
         if WORLD > 1:
             torch.distributed.all_reduce(signals)
@@ -609,7 +614,7 @@ class TopKEncoder(torch.autograd.Function):
         first = torch.searchsorted(latent, torch.arange(len(W_enc), device=latent.device))  # [M]
         token = order // k  # pair i belongs to token i // k
         weight = grad.flatten()[order]
-        grad_W = F.embedding_bag(token, read, first, per_sample_weights=weight, mode="sum")
+        grad_W = F.embedding_bag(token, read, offsets=first, per_sample_weights=weight, mode="sum")
         grad_b = grad.new_zeros(len(W_enc)).index_add_(0, latent, weight)  # [M]
 
         # The autoencoder reads y - b_dec, so there `read` needs a gradient, too.
@@ -623,8 +628,8 @@ def topk(pre, k):
     """Return pre.topk(k) for pre [N, M], unsorted, in 50 to 80% of its time.
 
     Divide a row into M / 8 groups of 8 entries, and take the k groups with the largest maxima. They
-    hold the k largest entries. For if an entry is in another group, each of these k maxima is at
-    least as large. So only these groups need to be searched.
+    hold the k largest entries, so only they need to be searched: an entry of any other group is at
+    most as large as the maximum of its group, and so at most as large as each of the k maxima.
     """
     N, M = pre.shape
     if M % 8 or M < 8 * k:
@@ -634,7 +639,7 @@ def topk(pre, k):
     best = groups.amax(1).topk(k, sorted=False).indices  # [N, k] groups
     candidates = groups.gather(2, best[:, None].expand(N, 8, k))  # [N, 8, k] entries
     values, place = candidates.flatten(1).topk(k, sorted=False)
-    # Place counts through [8, k]: it stands for member place // k of group best[place % k].
+    # A place in the flattened [8, k] candidates is member place // k of group best[place % k].
     member, group = place // k, best.gather(1, place % k)
     return values, member * (M // 8) + group
 
@@ -675,7 +680,7 @@ def find_sources(dataset, subset):
     """Return the parts of a data set: local files, or the shards of a data set on the hub."""
     if Path(dataset).exists():
         return find_files(Path(dataset))[0]
-    with one_line(f"--dataset {dataset}", DATA_HINT):
+    with exit_on_error(f"--dataset {dataset}", DATA_HINT):
         stream = datasets.load_dataset(dataset, subset, split="train", streaming=True)
         stream = stream.select_columns(["text"])
         return [stream.shard(stream.num_shards, i) for i in range(stream.num_shards)]
@@ -771,7 +776,7 @@ def load_run(run, device="cpu"):
     The key "coders" of config.json maps names to folders. A folder may come from sparsify.
     """
     run = Path(run)
-    with one_line(f"RUN {run}", "pass a folder that skipcoder.py wrote"):
+    with exit_on_error(f"RUN {run}", "pass a folder that skipcoder.py wrote"):
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
         for key in ("model", "layer", "dataset", "subset", "ctx_len"):  # what eval.py needs
             if key not in config:
@@ -812,7 +817,7 @@ def write(path, content, flag):
     If this is interrupted, the old file stays as it was.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with one_line(flag, "make room there, or pass another path"):
+    with exit_on_error(flag, "make room there, or pass another path"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             if isinstance(content, str):
@@ -835,13 +840,13 @@ class DataError(Exception):
     """Text cannot be read."""
 
     def __str__(self):
-        # Where a reader process raises it, our process gets all of the reader's traceback as the
-        # message. Its last line is "skipcoder.DataError: " and the message.
+        # If a reader process raises it, DataLoader raises it again here, with the traceback as the
+        # message. That ends in "skipcoder.DataError: " and the message proper.
         return super().__str__().strip().split("DataError: ")[-1]
 
 
 @contextmanager
-def one_line(flag, hint, errors=LIBRARY_ERRORS):
+def exit_on_error(flag, hint, errors=LIBRARY_ERRORS):
     """Turn what a library raises for bad input into one line on stderr, and end the program.
 
     Use it around calls of libraries only: an error in our own code must stay a traceback.
@@ -875,7 +880,7 @@ def pick_device(name):
             kind = torch.accelerator.current_accelerator().type
             name = f"{kind}:{os.environ.get('LOCAL_RANK', '0')}"
     errors = RuntimeError, AssertionError  # torch has no error class of its own for this
-    with one_line(f"--device {name}", "use cpu, cuda, mps, xpu or auto", errors):
+    with exit_on_error(f"--device {name}", "use cpu, cuda, mps, xpu or auto", errors):
         return torch.zeros(1, device=name).device
 
 
@@ -886,7 +891,7 @@ def check_hub(dataset):
         return
     hint = "without it: run tests/tiny_gpt2.py, and pass --model runs/tiny-gpt2"
     hint += " --dataset runs/tiny-gpt2/text.jsonl"
-    with one_line(f"--dataset {dataset}: no {hub.hostname}", hint):
+    with exit_on_error(f"--dataset {dataset}: no {hub.hostname}", hint):
         socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
 
 
@@ -933,14 +938,14 @@ def main():
         check_hub(args.dataset)
     if WORLD > 1:
         torch.distributed.init_process_group()  # Gloo for tensors on the CPU, NCCL on CUDA
-    with one_line(f"--model {args.model}", MODEL_HINT):
+    with exit_on_error(f"--model {args.model}", MODEL_HINT):
         lm_config = transformers.AutoConfig.from_pretrained(args.model).get_text_config()
     limit = getattr(lm_config, "max_position_embeddings", math.inf)
     args.ctx_len = args.ctx_len or min(256, limit)
     if args.ctx_len > limit:
         sys.exit(f"error: --ctx-len {args.ctx_len}: this model takes at most {limit} tokens")
-    # The recipe for T tokens in all: the learning rate falls with T^(1/4), and the tokens per step
-    # grow with T^(1/2). At 2M tokens they are 1.5e-3 and 1,024.
+    # The recipe for T tokens in all: the learning rate is proportional to T^(-1/4), the number of
+    # tokens per step to T^(1/2). At 2M tokens they are 1.5e-3 and 1,024.
     args.lr = args.lr or 1.5e-3 * (2e6 / args.tokens) ** 0.25
     rows = args.batch_size or 1024 * (args.tokens / 2e6) ** 0.5 / args.ctx_len
     args.batch_size = max(1, round(rows / WORLD)) * WORLD  # the same number for each process
@@ -950,7 +955,7 @@ def main():
     if (args.out / "config.json").exists() and not args.overwrite:
         sys.exit(f"error: --out {args.out} holds a run: pass --overwrite, or another --out")
     try:
-        with one_line(f"--dataset {args.dataset}", DATA_HINT, errors=DataError):
+        with exit_on_error(f"--dataset {args.dataset}", DATA_HINT, errors=DataError):
             train(args)
     except KeyboardInterrupt:  # the second Ctrl-C
         sys.exit(130)

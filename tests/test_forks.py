@@ -1,10 +1,12 @@
-"""Copies of the scripts that are changed: by the README's forks, and by bugs of whoever forks."""
+"""Copies of the scripts that are changed: by tests/forks, and by bugs of whoever forks."""
 
 import importlib.util
 import re
 import shutil
+import subprocess
 import sys
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,51 +54,31 @@ def change(path, old: str, new: str):
     path.write_text(text.replace(old, new), encoding="utf-8")
 
 
-# ---- The README's forks ---------------------------------------------------------------------
+# ---- The forks of README --------------------------------------------------------------------
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def forks() -> dict[str, str]:
-    """Return the diffs of the section "Fork it", by the words in bold before each."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme.split("## Fork it")[1].split("\n## ")[0]
-    found = re.findall(r"\*\*(.*?)\*\*.*?```diff\n(.*?)```", section, re.DOTALL)
-    assert len(found) == section.count("```diff")
-    return dict(found)
+def apply(name: str, copies):
+    """As the README does it."""
+    patch = f"tests/forks/{name}.diff"
+    assert f"git apply {patch}" in README or f"`{name}`" in README
+    subprocess.run(["git", "apply", ROOT / patch], cwd=copies, check=True)
 
 
-FORKS = forks()
+def test_each_fork_is_in_readme_and_tested():
+    forks = {path.stem for path in (ROOT / "tests/forks").iterdir()}
+    section = README.split("## Fork it")[1].split("\n## ")[0]
+    in_readme = set(re.findall(r"^\| `(\w+)`", section, re.MULTILINE))
+    tested = set(re.findall(r'apply\("(\w+)"', Path(__file__).read_text(encoding="utf-8")))
+    assert forks == in_readme == tested
 
 
-def hunks(diff: str) -> list[tuple[str, str]]:
-    """Return what a diff replaces, and by what.
-
-    Lines that begin with "-" go, those with "+" come, those with a space stay.
-    """
-    found, old, new = [], [], []
-    for line in diff.splitlines():
-        sign, content = line[0], line[1:] + "\n"
-        if sign != "+" and new and new[-1:] != old[-1:]:  # a hunk ends with what comes
-            found.append(("".join(old), "".join(new)))
-            old, new = [], []
-        if sign in "- ":
-            old.append(content)
-        if sign in "+ ":
-            new.append(content)
-    return [*found, ("".join(old), "".join(new))]
-
-
-def test_hunks():
-    diff = " a\n+b\n-c\n-d\n+e\n+f\n g\n+h\n"
-    assert hunks(diff) == [("a\n", "a\nb\n"), ("c\nd\n", "e\nf\n"), ("g\n", "g\nh\n")]
-
-
-def apply(name: str, copies, scripts=("skipcoder.py",)):
-    for old, new in hunks(FORKS[name]):
-        for script in SCRIPTS:
-            if script in scripts:
-                change(copies / script, old, new)
-            else:
-                assert old not in (copies / script).read_text(encoding="utf-8")
+def test_the_fork_that_readme_shows(copies):
+    """Its lines are those of the file."""
+    shown = re.search(r"```diff\n(.*?)```", README, re.DOTALL)[1].splitlines()
+    lines = (ROOT / "tests/forks/batchtopk.diff").read_text(encoding="utf-8").splitlines()
+    assert shown == [line for line in lines if re.match("[-+] ", line)]
 
 
 class Forked:
@@ -134,18 +116,8 @@ class Forked:
         return (acts > 0).sum(1)
 
 
-def test_every_fork_is_tested():
-    assert set(FORKS) == {
-        "A fourth architecture",
-        "ReLU with an L1 penalty",
-        "JumpReLU",
-        "BatchTopK",
-        "An SAE on the MLP's input",
-    }
-
-
 def test_a_fourth_architecture(copies, load, tiny, tmp_path):
-    apply("A fourth architecture", copies)
+    apply("fourth_architecture", copies)
     names = ["tied_transcoder", *ARCHS]
     # Rows of W_enc are directions of x, so as W_dec they start far from what y needs.
     forked = Forked(load, tiny, tmp_path / "run", "--tokens", 40_000)
@@ -164,7 +136,7 @@ def test_a_fourth_architecture(copies, load, tiny, tmp_path):
 
 
 def test_relu(copies, load, tiny, tmp_path, capfd):
-    apply("ReLU with an L1 penalty", copies)
+    apply("relu_l1", copies)
     forked = Forked(load, tiny, tmp_path / "run")
     forked.assert_trained("relu")
     for name in ARCHS:
@@ -177,7 +149,7 @@ def test_relu(copies, load, tiny, tmp_path, capfd):
 
 
 def test_jumprelu(copies, load, tiny, tmp_path):
-    apply("JumpReLU", copies)
+    apply("jumprelu", copies)
     forked = Forked(load, tiny, tmp_path / "run")
     forked.assert_trained("jumprelu")
     for name, coder in forked.coders.items():
@@ -189,8 +161,68 @@ def test_jumprelu(copies, load, tiny, tmp_path):
         assert torch.equal(coder.threshold, tensors["threshold"])
 
 
+def test_gated(copies, load, tiny, tmp_path):
+    apply("gated", copies)
+    forked = Forked(load, tiny, tmp_path / "run")
+    forked.assert_trained("gated")
+    for name in ARCHS:
+        active = forked.active(name, tiny)
+        assert active.unique().numel() > 5 and active.max() > 4
+        tensors = load_file(forked.out / name / FOLDER / "sae.safetensors")
+        for parameter in ("log_scale", "b_magnitude"):
+            assert tensors[parameter].shape == (256,)
+            assert tensors[parameter].abs().max() > 1e-3, "it has learned"
+
+
+def test_the_loss_of_gated(copies, load, tiny, monkeypatch):
+    """With gradients of the gate alone from the second prediction, whose decoder is fixed."""
+    apply("gated", copies)
+    module, _ = load()
+    x, y = torch.randn(2, 50, 8)
+    coder = module.Coder("skip_transcoder", 8, 32, 4)
+    trainer = module.Trainer(coder, x, y, 0.0, 1e9)
+    for parameter in coder.parameters():
+        torch.nn.init.normal_(parameter)
+    trainer.step(x, y, 0.0)
+
+    W_enc, b_enc, magnitude, scale, W_dec, b_dec, W_skip = (
+        p.detach().double().requires_grad_()
+        for p in (
+            coder.W_enc,
+            coder.b_enc,
+            coder.b_magnitude,
+            coder.log_scale,
+            coder.W_dec,
+            coder.b_dec,
+            coder.W_skip,
+        )
+    )
+    x, y = x.double(), y.double()
+    gate = (x @ W_enc.T + b_enc).relu()
+    z = ((x @ W_enc.T) * scale.exp() + magnitude).relu() * (gate > 0)
+    y_hat = z @ W_dec + b_dec + x @ W_skip.T
+    fixed = gate @ W_dec.detach() + (b_dec + x @ W_skip.T).detach()
+    variance = (y - y.mean(0)).square().sum()
+    errors = (y - y_hat).square().sum() + (y - fixed).square().sum()
+    loss = errors / variance + 1e-3 * gate.sum(1).mean()
+    loss.backward()
+    pairs = (W_enc, coder.W_enc), (b_enc, coder.b_enc), (scale, coder.log_scale)
+    for ours, theirs in (*pairs, (W_dec, coder.W_dec), (b_dec, coder.b_dec)):
+        torch.testing.assert_close(theirs.grad.double(), ours.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_frozen_encoder(copies, load, tiny, tmp_path):
+    apply("frozen_encoder", copies)
+    forked = Forked(load, tiny, tmp_path / "run", "--tokens", 40_000)
+    forked.assert_trained("topk")
+    for coder in forked.coders.values():
+        start = forked.skipcoder.Coder(coder.arch, 32, 256, 4)
+        assert torch.equal(coder.W_enc, start.W_enc)
+        assert not torch.equal(coder.W_dec, start.W_dec)
+
+
 def test_batchtopk(copies, load, tiny, tmp_path):
-    apply("BatchTopK", copies)
+    apply("batchtopk", copies)
     forked = Forked(load, tiny, tmp_path / "run")
     forked.assert_trained("batchtopk")
     for name in ARCHS:
@@ -201,7 +233,7 @@ def test_batchtopk(copies, load, tiny, tmp_path):
 
 def test_batchtopk_with_few_latents(copies, load, tiny, tmp_path):
     """A token may then have all of them, not 4 k."""
-    apply("BatchTopK", copies)
+    apply("batchtopk", copies)
     sizes = "--expansion", 1, "--k", 16, "--arch", "sae"
     forked = Forked(load, tiny, tmp_path / "run", *sizes)
     forked.assert_trained("batchtopk", ["sae"])
@@ -210,7 +242,7 @@ def test_batchtopk_with_few_latents(copies, load, tiny, tmp_path):
 
 def test_an_sae_on_the_input(copies, load, tiny, tmp_path):
     """The affine map is then perfect, as y is x."""
-    apply("An SAE on the MLP's input", copies, SCRIPTS)
+    apply("sae_on_x", copies)
     forked = Forked(load, tiny, tmp_path / "run", "--arch", "sae")
     assert 0 < forked.report["coders"]["sae"]["fvu"] < 0.9
     assert forked.report["baselines"]["affine"]["fvu"] < 1e-3

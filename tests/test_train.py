@@ -541,10 +541,10 @@ for trainer in trainers:
 # 2. A step of both ranks is one of Adam's on the sum of both halves' gradients.
 numbers = torch.randn(3, 64, 8, generator=torch.Generator().manual_seed(0))
 start, x, y = numbers * 3 + 1
-halves = slice(0, 32), slice(32, 64)
+halves = slice(0, 20), slice(20, 64)  # of different sizes, as where outliers are left out
 
 def new_trainer(arch):
-    trainer = Trainer(Coder(arch, 8, 40, 5), start, start * 2, 1e-2, dead_after=60)
+    trainer = Trainer(Coder(arch, 8, 40, 5), start, start * 2, 1e-2, dead_after=2)
     trainer.coder.b_enc.data[7] -= 100  # a dead latent
     return trainer
 
@@ -566,15 +566,15 @@ def step_of_both(one, arch):  # in one process
     one.optimizer.step()
     if arch == "sae":
         W.data = F.normalize(W.data)
-    one.coder.b_enc.data += WAKE * one.s_z * (one.silent >= 60)
-    one.silent = torch.where(active, 0, one.silent + 64)
+    one.silent = torch.where(active, 0, one.silent + 1)
+    one.coder.b_enc.data += WAKE * one.s_z * (one.silent >= 2)
 
 for arch in ARCHS:
     trainer, one = new_trainer(arch), new_trainer(arch)
     for _ in range(4):
         trainer.step(x[halves[RANK]], y[halves[RANK]], 1)
         step_of_both(one, arch)
-    assert one.silent[7] == 4 * 64
+    assert one.silent[7] == 4
     fvu, fvu_of_one = trainer.pop_fvu(), one.pop_fvu()
     assert abs(fvu / fvu_of_one - 1) < 1e-5, "what is logged is the FVU of both"
     torch.testing.assert_close(trainer.silent, one.silent)
