@@ -10,22 +10,31 @@ It reads held-out documents, which training never saw. For each coder of the run
     CE increase   CE(y_hat) - CE(clean), where CE(y_hat) is the cross-entropy of the LM's
                   predictions with y_hat in place of the MLP's output
     CE recovered  1 - (CE(y_hat) - CE(clean)) / (CE(mean) - CE(clean)), where the mean of y
-                  replaces the MLP's output for CE(mean)
+                  replaces the MLP's output for CE(mean); CE(zero) is reported, too
     KL            KL(clean || patched) of the next-token distributions
-    intruder      of five contexts, the latent is active on four; the score is how often the fifth
-                  is picked out. This is a proxy of interpretability (see `intruder_trials`).
+    intruder      a proxy of interpretability. Draw five tokens: a latent is active on four of
+                  them, and silent on one, the intruder. Guess the one whose hidden state, after the
+                  LM's final norm, is least like the others. The score is the share of guesses that
+                  are right.
+    same token    the same, but the latent is active on other occurrences of the intruder's word
 
-CE and KL are in nats per token. Baselines give these numbers a scale. For FVU, CE and KL it is the
-best affine map from x to y; for the intruder score these are the MLP's own neurons, an untrained
-transcoder, and random tokens. In a row of T tokens the following positions count. (LMs use position
-0 as an attention sink, with huge activations that say nothing about the text.)
+CE and KL are in nats per token. Baselines give these numbers a scale:
+
+    FVU, CE, KL   the best affine map from x to y
+    the scores    the MLP's own neurons, the k largest of each token; an untrained transcoder and an
+                  untrained autoencoder; "null", which is five random tokens
+
+In a row of T tokens these positions count:
 
     position             0    1    2   ...   T-2   T-1
     x, y, latents             *    *   ...    *     *
     predicts position         2    3   ...   T-1
 
+LMs use position 0 as an attention sink, with huge activations that say nothing about the text.
 Outliers, tokens whose |y| is over the run's max_norm, do not count either. Where a token does not
 count, a patched LM keeps the MLP's own output.
+
+A run may hold coders of several architectures and of several k.
 """
 
 import argparse
@@ -54,9 +63,9 @@ PREDICTED = slice(2, None)  # the positions of these next tokens
 CE_TOKENS = 20_000  # CE and KL use only about so many tokens, as each coder needs a pass of the LM
 
 TRIALS = 10  # intruder trials per latent
-FIFTHS = 5  # each trial draws from one fifth of the latent's active tokens, sorted by act
-SHOWN = 4  # contexts of a trial on which the latent is active; one more is the intruder
-MIN_ACTIVE = 40  # a latent is scored if it is active on at least so many tokens, 8 in each fifth
+QUINTILES = 5  # each trial draws from one fifth of the latent's active tokens, sorted by act
+SHOWN = 4  # tokens of a trial on which the latent is active; one more is the intruder
+MIN_ACTIVE = 40  # a latent is scored if it is active on at least so many tokens, 8 in each quintile
 
 # What the report repeats of config.json.
 IN_REPORT = (
@@ -85,7 +94,7 @@ class PatchedLM:
         linears = [m for m in mlp.modules() if isinstance(m, (nn.Linear, Conv1D))]
         linears[-1].register_forward_pre_hook(self.at_neurons)
         # Our head replaces the LM's. It works in float32, since logits in bfloat16 have steps of
-        # 0.1 nats, it computes the wanted positions only, and it keeps what it reads.
+        # 0.1 nats, it computes the wanted positions only, and it keeps its input as self.hidden.
         head = lm.get_output_embeddings()
         self.weight = head.weight.float()
         self.bias = None if head.bias is None else head.bias.float()
@@ -147,8 +156,8 @@ def mean_and_error(values, counted):
     """Return the mean of the counted values and its standard error; both inputs are [rows, n].
 
     Tokens of one row depend on one another, so the error comes from the differences between rows.
-    The mean is a ratio of two sums over rows, of values and of counts. Its error is the usual
-    linearised one: the error of the mean of (sum - mean * count) / (mean count).
+    The mean is the ratio sum_i s_i / sum_i n_i, where row i has n_i counted values of the sum s_i.
+    So by the delta method its error is that of the mean of s_i - mean * n_i, over the mean of n_i.
     """
     sums = (values.double() * counted).sum(1)  # [rows]
     numbers = counted.double().sum(1)  # [rows]
@@ -170,11 +179,12 @@ def fit_affine(patched, batches, max_norm, device):
     """Return the best affine map from x to y, and the means of x and y.
 
     It is the least-squares solution A [d, d], b [d] of y = x A + b over all counted tokens. The
-    matrix x^T x may be singular, as after a layer norm, which makes the entries of x sum to zero up
-    to its scale and bias. So 1e-6 of the mean of its diagonal is added to the diagonal, which moves
-    FVU by less than 1e-5.
+    matrix x^T x may be singular: after a layer norm the entries of x satisfy a linear equation. So
+    1e-6 of the mean of its diagonal is added to the diagonal, which moves FVU by less than 1e-5.
     """
-    products = 0  # (x, 1)^T (x, 1, y): [d + 1, 2 d + 1], in float64 on the CPU
+    # Sums over tokens of the products of (x, 1) with (x, 1, y): [d + 1, 2 d + 1], in float64 on the
+    # CPU. They hold all that least squares needs, and also the sums of x and y.
+    products = 0
     for tokens in batches:
         patched(tokens.to(device), logits=False)
         counted = counted_tokens(patched.y, max_norm)
@@ -186,10 +196,9 @@ def fit_affine(patched, batches, max_norm, device):
     xx, xy = products.split([d + 1, d], dim=1)
     ridge = 1e-6 * xx.diagonal().mean() * torch.eye(d + 1)
     A, b = torch.linalg.solve(xx + ridge, xy).split([d, 1])  # [d, d] and [1, d]
-    # The last row of the products holds the sums of x, 1 and y.
-    means = products[d] / products[d, d]
-    x_mean, _, y_mean = means.split([d, 1, d])
-    return [result.float().to(device) for result in (A, b[0], x_mean, y_mean)]
+    x_sum, number, y_sum = products[d].split([d, 1, d])  # the products with 1
+    results = A, b[0], x_sum / number, y_sum / number
+    return [result.float().to(device) for result in results]
 
 
 # ---- Second stage: one pass over held-out text ----------------------------------------------
@@ -198,8 +207,8 @@ def fit_affine(patched, batches, max_norm, device):
 class Sample:
     """What one pass over held-out text collects. The lists have one entry per batch.
 
-    The lists of predictions end with the first CE_TOKENS tokens. Counted tokens are numbered from
-    0 on, and such a number is called a place.
+    Counted tokens are numbered from 0 on, and such a number is called a place. Predictions are
+    made only for the first batches, until there are CE_TOKENS of them.
     """
 
     def __init__(self):
@@ -207,11 +216,12 @@ class Sample:
         self.counted = []  # [rows, T]: which of them count
         self.hidden = []  # [n, d]: the LM's last hidden states at counted tokens
         self.active = defaultdict(list)  # by name: (place, latent, act) of all active latents
-        self.predicting = []  # [rows, T - 2]: which predictions count
+        self.predictions_counted = []  # [rows, T - 2]: which predictions count
         self.ce, self.kl = defaultdict(list), defaultdict(list)  # by name: [rows, T - 2]
-        self.y, self.y_all = Moments(), Moments()  # of counted tokens; the second with outliers
+        self.y = Moments()  # of counted tokens
+        self.y_all = Moments()  # of counted tokens and outliers
         self.errors = defaultdict(Moments)  # by name: y - y_hat of counted tokens
-        self.errors_outliers = defaultdict(Moments)
+        self.errors_outliers = defaultdict(Moments)  # by name: y - y_hat of outliers
         # By name and part: the error of "latents" or "skip" of a skip transcoder by itself.
         self.errors_alone = defaultdict(Moments)
 
@@ -232,8 +242,9 @@ def cross_entropies(log_p, tokens):
 
 def read_held_out(patched, batches, coders, baselines, max_norm):
     """Run the LM, the coders and the baselines on held-out text, and return a Sample."""
-    sample, untrained = Sample(), baselines["untrained"]
+    sample = Sample()
     A, b, y_mean = baselines["A"], baselines["b"], baselines["y_mean"]
+    untrained, k = baselines["untrained"], baselines["k"]
     device = y_mean.device
 
     def predict(x, y):
@@ -249,7 +260,7 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
 
     for tokens in batches:
         # The clean LM. It predicts until there are CE_TOKENS predictions.
-        with_predictions = sum(map(torch.numel, sample.predicting)) < CE_TOKENS
+        with_predictions = sum(map(torch.numel, sample.predictions_counted)) < CE_TOKENS
         tokens = tokens.to(device)
         log_p = patched(tokens, logits=with_predictions)
         x_rows, y_rows = patched.x, patched.y  # [rows, T, d] each
@@ -260,23 +271,23 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
         sample.counted.append(counted.cpu())
         sample.hidden.append(patched.hidden[counted].bfloat16().cpu())
 
-        # The active latents of each coder, of the untrained one, and the top neurons.
-        neurons = patched.neurons[counted]  # [n, number of neurons]
+        # The active latents of the coders and of untrained ones, and the top neurons.
         coded, y_hats = predict(x, y)
         entries = {name: (acts, indices) for name, (_, acts, indices) in coded.items()}
-        entries["untrained"] = untrained.encode(x, y)
-        entries["neurons"] = neurons.topk(min(untrained.k, neurons.shape[1]))
+        entries |= {name: coder.encode(x, y) for name, coder in untrained.items()}
+        neurons = patched.neurons[counted]  # [n, number of neurons]
+        entries["neurons"] = neurons.topk(min(k, neurons.shape[1]))
         for name, (acts, indices) in entries.items():
             sample.active[name].append(active_entries(acts, indices, first_place))
 
-        # The errors. A shift changes no variance, and with this one no digits are lost in sums.
+        # The errors. The mean of the training text is subtracted from y for precision alone: this
+        # changes no variance, and sums of smaller numbers lose fewer digits.
         sample.y.add(y - y_mean)
         sample.y_all.add(y - y_mean)
         for name, y_hat in y_hats.items():
             sample.errors[name].add(y - y_hat)
         for name, coder in coders.items():
-            # A part by itself may add the constant that suits it best. So its FVU comes from the
-            # variance of this error, and that of a whole coder from the plain squares of its error.
+            # Constants, as b_dec, do not matter in these, as only the variance will be used.
             if coder.W_skip is not None:
                 skip = F.linear(x, coder.W_skip)
                 sample.errors_alone[name, "latents"].add(y - (y_hats[name] - skip))
@@ -291,7 +302,7 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
 
         # Predictions of the LM with each y_hat in the MLP's place, against the clean ones.
         if with_predictions:
-            sample.predicting.append(counted[:, PREDICTING].cpu())
+            sample.predictions_counted.append(counted[:, PREDICTING].cpu())
             sample.ce["clean"].append(cross_entropies(log_p, tokens))
             for name, y_hat in y_hats.items():
                 output = y_rows.clone()
@@ -305,7 +316,7 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
 
 def losses(sample, name):
     """Return FVU, CE and KL of what stood in the MLP's place under this name."""
-    counted = torch.cat(sample.predicting)
+    counted = torch.cat(sample.predictions_counted)
     ce, clean, ablated = (torch.cat(sample.ce[key]) for key in (name, "clean", "mean"))
     increase, increase_se = mean_and_error(ce - clean, counted)
     harm, _ = mean_and_error(ablated - clean, counted)
@@ -333,7 +344,8 @@ class ActiveTokens:
         """entries: from `active_entries`, one for each batch."""
         place, latent, act = (torch.cat(parts) for parts in zip(*entries))  # [m] each
         order = act.argsort(descending=True, stable=True)
-        order = order[latent[order].argsort(stable=True)]  # by latent, then by act
+        # A stable sort by latent leaves the acts of each latent in their order.
+        order = order[latent[order].argsort(stable=True)]
         self.count = latent.bincount(minlength=num_latents)  # [M]
         self.density = self.count.double() / num_tokens  # [M], shares of the tokens
         self.places = place[order].split(self.count.tolist())  # M tensors
@@ -346,24 +358,50 @@ class ActiveTokens:
         return drawn[can_be_scored][:wanted].tolist()
 
 
-def intruder_trials(places, num_tokens, generator):
-    """Return the places of all trials, int [latents, 10, 5]; the last of the five is the intruder.
+def intruder_weights(active, words, same_token):
+    """Return the weight with which each of the n places is drawn as the intruder: [n].
 
-    This is intruder detection (Paulo & Belrose 2025, arXiv 2507.08473), without a language model
-    that explains the latent. If a latent stands for one thing, the contexts on which it is active
-    resemble one another, and a context on which it is silent stands out. `places` has a tensor for
-    each latent, sorted by act, which is cut into fifths. Trial t draws 4 places of fifth t mod 5
-    (0 is the top fifth), and one place where the latent is silent.
+    `active` are the places of one latent, and `words` [n] are the token ids at all places. Where
+    the latent is active the weight is 0. With `same_token`, a silent place with the word v has the
+    weight active(v) / silent(v), so that all of them together have the weight active(v), the number
+    of places with v on which the latent is active. If there are no such places, all weights are 0.
     """
-    trials = torch.empty(len(places), TRIALS, SHOWN + 1, dtype=torch.int64)
-    for of_latent, active in zip(trials, places):  # rows of trials, filled in here
-        silent = torch.ones(num_tokens).index_fill(0, active, 0).nonzero().flatten()
-        fifths = active.tensor_split(FIFTHS)
-        for t, trial in enumerate(of_latent):
-            fifth = fifths[t % FIFTHS]
-            trial[:SHOWN] = fifth[torch.randperm(len(fifth), generator=generator)[:SHOWN]]
-            trial[SHOWN] = silent[torch.randint(len(silent), (), generator=generator)]
-    return trials
+    silent = torch.ones(len(words)).index_fill(0, active, 0)
+    if not same_token:
+        return silent
+    size = int(words.max()) + 1
+    active_of_word = words[active].bincount(minlength=size)
+    silent_of_word = words.bincount(minlength=size) - active_of_word
+    return silent * (active_of_word / silent_of_word.clamp(min=1))[words]
+
+
+def intruder_trials(places, words, generator, same_token=False):
+    """Draw 10 trials for each latent: four places where it is active, and last the intruder.
+
+    This is intruder detection (Paulo & Belrose 2025, arXiv 2507.08473), with no second language
+    model, neither to explain a latent nor to judge. If a latent stands for one thing, the contexts
+    on which it is active resemble one another, and one on which it is silent stands out. `places`
+    has a tensor for each latent, sorted by act, which is cut into quintiles. Trial t draws four
+    places of quintile t mod 5, where 0 has the largest acts. The intruder is drawn with
+    `intruder_weights`.
+
+    Return int [latents, 10, 5], and which latents have trials: bool [latents]. The others, which
+    have no possible intruder, have zeros.
+    """
+    trials = torch.zeros(len(places), TRIALS, SHOWN + 1, dtype=torch.int64)
+    possible = torch.ones(len(places), dtype=torch.bool)
+    for i, active in enumerate(places):
+        weights = intruder_weights(active, words, same_token)
+        if weights.sum() == 0:
+            possible[i] = False
+            continue
+        trials[i, :, SHOWN] = weights.multinomial(TRIALS, replacement=True, generator=generator)
+        quintiles = active.tensor_split(QUINTILES)
+        for t in range(TRIALS):
+            quintile = quintiles[t % QUINTILES]
+            drawn = torch.randperm(len(quintile), generator=generator)[:SHOWN]
+            trials[i, t, :SHOWN] = quintile[drawn]
+    return trials, possible
 
 
 def intruder_found(trials, hidden, mean):
@@ -371,7 +409,7 @@ def intruder_found(trials, hidden, mean):
 
     The judge is the LM under study. Each context is represented by the LM's last hidden state at
     its place (hidden [n, d]), minus the mean over the sample. The guess is the context with the
-    smallest sum of cosine similarities to all five. (That to itself is always 1.)
+    smallest sum of cosine similarities to the five. (Each is 1 to itself, so this favours none.)
     """
     states = F.normalize(hidden[trials].float() - mean, dim=-1)  # [latents, 10, 5, d]
     similarity = states @ states.mT  # [latents, 10, 5, 5]
@@ -380,6 +418,8 @@ def intruder_found(trials, hidden, mean):
 
 def summary(found):
     """Return the score and its spread from bool [latents, 10]; None for fewer than two latents."""
+    scores = found.double().mean(1)  # [latents]
+    row = {"latents_scored": len(scores)}
     keys = (
         "intruder",
         "intruder_se",
@@ -387,23 +427,47 @@ def summary(found):
         "intruder_by_quantile",
         "intruder_histogram",
     )
-    scores = found.double().mean(1)  # [latents]
     if len(scores) < 2:
-        return dict.fromkeys(keys) | {"latents_scored": len(scores)}
+        return row | dict.fromkeys(keys)
     right = found.sum(1)  # [latents], from 0 to 10
     values = (
         scores.mean().item(),
         standard_error(scores),
         scores.std().item(),
-        # Trial t is about fifth t mod 5.
-        [found[:, q::FIFTHS].double().mean().item() for q in range(FIFTHS)],
+        # Trial t is about quintile t mod 5.
+        [found[:, q::QUINTILES].double().mean().item() for q in range(QUINTILES)],
         (right.bincount(minlength=TRIALS + 1) / len(right)).tolist(),
     )
-    return dict(zip(keys, values)) | {"latents_scored": len(scores)}
+    return row | dict(zip(keys, values))
+
+
+class Scores:
+    """The third stage for one coder: its latents to score, drawn at random, and their trials."""
+
+    def __init__(self, entries, num_latents, words, hidden, wanted, seed):
+        """Judge up to `wanted` latents by token ids `words` [n] and last hidden states [n, d]."""
+        generator = torch.Generator().manual_seed(seed)  # so no coder depends on the others
+        self.active = ActiveTokens(entries, num_latents, len(words))
+        self.latents = self.active.draw(wanted, generator)
+        places = [self.active.places[j] for j in self.latents]
+        mean = hidden.float().mean(0)
+        trials, _ = intruder_trials(places, words, generator)
+        self.found = intruder_found(trials, hidden, mean)  # bool [latents, 10]
+        trials, self.has_same_token = intruder_trials(places, words, generator, same_token=True)
+        self.found_same_token = intruder_found(trials, hidden, mean)
+
+    def summary(self):
+        """Return the numbers of the report."""
+        same_token = summary(self.found_same_token[self.has_same_token])
+        return summary(self.found) | {
+            "intruder_same_token": same_token["intruder"],
+            "intruder_same_token_se": same_token["intruder_se"],
+            "latents_same_token": same_token["latents_scored"],
+        }
 
 
 def final_norm(lm):
-    """Return the final norm, a sibling of the list of blocks. GPT-1 has none."""
+    """Return the final norm: in the decoder it stands beside the list of blocks. GPT-1 has none."""
     for module in lm.get_decoder().modules():
         parts = list(module.children())
         if any(isinstance(part, nn.ModuleList) for part in parts):
@@ -427,16 +491,10 @@ def promoted(lm, W):
 
 
 def evaluate(config, coders, args):
-    """Return the report, and what the page needs besides it.
-
-    That is: tokens [rows, T], the index of each place in tokens.flatten(), for each coder its
-    scored latents (see the end of this function), and the tokenizer.
-    """
+    """Return the report, and what an HTML page needs besides it (see `page`)."""
     device, ctx_len = args.device, config["ctx_len"]
     max_norm = config.get("max_norm", math.inf)
     M, d = next(iter(coders.values())).W_dec.shape
-    ks = sorted(coder.k for coder in coders.values())
-    k = ks[len(ks) // 2]  # the median, for baselines
     rows = max(1, 1024 // ctx_len)  # per batch; predictions over the vocabulary take much memory
 
     # Load the LM, and start to read both sides of the split.
@@ -450,82 +508,73 @@ def evaluate(config, coders, args):
         sys.exit(f"error: RUN {args.run}: {config['model']} is {width} wide, the coders {d}")
     patched = PatchedLM(lm, config["layer"])
 
-    # Baselines, from training text. With 200 tokens per dimension, overfitting of the affine map
-    # costs about 0.5% of its FVU.
+    # First stage: baselines from training text. With 200 tokens per dimension, overfitting of the
+    # affine map costs about 0.5% of its FVU.
     number = math.ceil(200 * d / rows / ctx_len)
     training = tqdm(islice(training, number), "affine map", number, leave=False)
     A, b, x_mean, y_mean = fit_affine(patched, training, max_norm, device)
-    untrained = Coder("transcoder", d, M, k, seed=args.seed + 1)
-    untrained.to(device).requires_grad_(False)
-    # Set its biases, as Trainer does, from a "batch" of one row: the means.
-    untrained.start(x_mean[None], y_mean[None])
-    baselines = {"A": A, "b": b, "y_mean": y_mean, "untrained": untrained}
+    ks = sorted(coder.k for coder in coders.values())
+    k = ks[len(ks) // 2]  # the median
+    untrained = {}
+    for name, arch in (("untrained", "transcoder"), ("untrained_sae", "sae")):
+        untrained[name] = Coder(arch, d, M, k, args.seed + 1).to(device).requires_grad_(False)
+        # `start` sets the biases as in training. A batch of one token, the mean, is enough.
+        untrained[name].start(x_mean[None], y_mean[None])
+    baselines = {"A": A, "b": b, "y_mean": y_mean, "untrained": untrained, "k": k}
 
-    # One pass over held-out text.
+    # Second stage: one pass over held-out text.
     number = math.ceil(args.tokens / rows / (ctx_len - 1))
     held_out = tqdm(islice(held_out, number), "held-out text", number, leave=False)
     sample = read_held_out(patched, held_out, coders, baselines, max_norm)
 
-    # Intruder scores. Each coder has a generator of its own: no score depends on the others.
-    hidden = torch.cat(sample.hidden)  # [n, d]
-    n, mean = len(hidden), hidden.float().mean(0)
-    active, scored, found = {}, {}, {}
+    # Third stage: intruder scores.
+    tokens, counted = torch.cat(sample.tokens), torch.cat(sample.counted)  # [all rows, T] each
+    words, hidden = tokens[counted], torch.cat(sample.hidden)  # [n] and [n, d]
+    sizes = {name: len(coder.W_dec) for name, coder in (coders | untrained).items()}
+    sizes["neurons"] = patched.neurons.shape[-1]
+    scores = {}
     for name, entries in tqdm(sample.active.items(), "intruder trials", leave=False):
-        generator = torch.Generator().manual_seed(args.seed)
-        size = M  # of the untrained coder
-        if name in coders:
-            size = len(coders[name].b_enc)
-        elif name == "neurons":
-            size = patched.neurons.shape[-1]
-        active[name] = ActiveTokens(entries, size, n)
-        scored[name] = active[name].draw(args.latents, generator)
-        places = [active[name].places[j] for j in scored[name]]
-        found[name] = intruder_found(intruder_trials(places, n, generator), hidden, mean)
+        scores[name] = Scores(entries, sizes[name], words, hidden, args.latents, args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    chance = torch.randint(n, (args.latents, TRIALS, SHOWN + 1), generator=generator)
-    found["null"] = intruder_found(chance, hidden, mean)
+    null_trials = torch.randint(len(hidden), (args.latents, TRIALS, 5), generator=generator)
+    null = intruder_found(null_trials, hidden, hidden.float().mean(0))
 
     # The report.
     run = {key: config.get(key) for key in IN_REPORT}
     run["hookpoint"] = skipcoder.find_mlp(lm, config["layer"])[0]
-    run |= {"num_latents": M, "tokens_asked_for": args.tokens, "baselines_k": k}
-    run["tokens_read"] = sample.y_all.number  # with outliers
-    run["k"] = sorted(set(ks))
-    report = {
-        "tokens": n,
-        "run": run,
-        "clean_ce": mean_and_error(torch.cat(sample.ce["clean"]), torch.cat(sample.predicting))[0],
-        "mean_ablated_ce": losses(sample, "mean")["ce"],
-        "zero_ablated_ce": losses(sample, "zero")["ce"],
-        "outliers": {
-            "tokens": 1 - n / sample.y_all.number,
-            "variance": 1 - sample.y.variance() / sample.y_all.variance(),
-        },
-        "coders": {},
-        "baselines": {"affine": losses(sample, "affine")},
+    run |= {"num_latents": M, "k": sorted(set(ks)), "baselines_k": k}
+    run |= {"tokens_asked_for": args.tokens, "tokens_read": sample.y_all.number}
+    report = {"tokens": sample.y.number, "run": run}
+    predicting = torch.cat(sample.predictions_counted)
+    report["clean_ce"] = mean_and_error(torch.cat(sample.ce["clean"]), predicting)[0]
+    report["mean_ablated_ce"] = losses(sample, "mean")["ce"]
+    report["zero_ablated_ce"] = losses(sample, "zero")["ce"]
+    report["outliers"] = {
+        "tokens": 1 - sample.y.number / sample.y_all.number,
+        "variance": 1 - sample.y.variance() / sample.y_all.variance(),
     }
+    report["coders"] = {}
     for name, coder in coders.items():
         row = {"arch": coder.arch, "k": coder.k}
-        row["l0"] = active[name].density.sum().item()
-        row["dead"] = (active[name].count == 0).double().mean().item()
-        report["coders"][name] = row | losses(sample, name) | summary(found[name])
+        row["l0"] = scores[name].active.density.sum().item()
+        row["dead"] = (scores[name].active.count == 0).double().mean().item()
+        report["coders"][name] = row | losses(sample, name) | scores[name].summary()
+    # The FVU of a part by itself is that with the best constant: the variance of its error.
     for (name, part), errors in sample.errors_alone.items():
         report["coders"][name][f"fvu_{part}_alone"] = errors.variance() / sample.y.variance()
-    for name in ("neurons", "untrained", "null"):
-        report["baselines"][name] = summary(found[name])
+    report["baselines"] = {"affine": losses(sample, "affine")}
+    for name in ("neurons", *untrained):
+        report["baselines"][name] = scores[name].summary()
+    report["baselines"]["null"] = summary(null)
 
-    # For the page: by scored latent its places and acts, whether intruders were found, the density
-    # of all latents, and the tokens that scored latents promote.
-    shown = {}
-    for name in (*coders, "neurons"):
-        places, acts = active[name].places, active[name].acts
-        latents = {j: (places[j], acts[j]) for j in scored[name]}
-        top = torch.empty(len(latents), 0)
-        if name in coders:
-            top = promoted(lm, coders[name].W_dec[scored[name]])
-        shown[name] = latents, found[name], active[name].density, top
-    where = torch.cat(sample.counted).flatten().nonzero().flatten()
-    return report, (torch.cat(sample.tokens), where, shown, tokenizer)
+    # What the page needs: the tokens that scored latents promote, and where in the flattened
+    # tokens each place is.
+    promotes = {}
+    for name, coder in coders.items():
+        promotes[name] = promoted(lm, coder.W_dec[scores[name].latents])
+    on_page = {name: scores[name] for name in (*coders, "neurons")}
+    where = counted.flatten().nonzero().flatten()  # [n]
+    return report, (tokens, where, on_page, promotes, tokenizer)
 
 
 # ---- The report as text ---------------------------------------------------------------------
@@ -539,6 +588,7 @@ COLUMNS = {
     "ce_recovered": ("recovered", "{:.1%}"),
     "kl": ("KL", "±"),
     "intruder": ("intruder", "±"),
+    "intruder_same_token": ("same token", "±"),
     "intruder_by_quantile": ("top → lowest", "{0[0]:.2f} → {0[4]:.2f}"),
     "intruder_histogram": ("scores 0…1", "bars"),
 }
@@ -560,7 +610,7 @@ def cell(row, key):
 
 
 def table(report, keys=tuple(COLUMNS)):
-    """Return a header and rows of cells, for those that have one of the numbers `keys`."""
+    """Return a header, and a row of cells for each coder or baseline that has any of `keys`."""
     cells = [["", *(COLUMNS[key][0] for key in keys)]]
     for name, row in (report["coders"] | report["baselines"]).items():
         if any(key in row for key in keys):
@@ -573,7 +623,7 @@ def markdown(cells):
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = []
     for row in cells:
-        padded = [cell.rjust(width) for cell, width in zip(row, widths)]
+        padded = [text.rjust(width) for text, width in zip(row, widths)]
         padded[0] = row[0].ljust(widths[0])
         lines.append(f"| {' | '.join(padded)} |")
     rule = ["-" * width for width in widths]
@@ -586,16 +636,16 @@ def score_curve(report, arch):
     rows = [row for row in report["coders"].values() if row["arch"] == arch]
     rows = [row for row in rows if row["intruder"] is not None and row["ce_increase"] > 0]
     points = sorted((math.log(r["ce_increase"]), r["intruder"], r["intruder_se"]) for r in rows)
-    return tuple(np.array(points).reshape(-1, 3).T)
+    return tuple(np.array(points).reshape(-1, 3).T)  # also if there are none
 
 
 def compare(report, arch, other):
     """Return a sentence on the scores of two architectures at equal CE increase.
 
-    Between the k of an architecture, interpolate the score linearly over log CE increase. Where the
-    curves of both overlap, take the mean of their difference. Its error comes from 1,000
-    repetitions with normal noise of the size of the scores' own errors. Without an overlap there
-    is no sentence.
+    Each k of an architecture gives a point, (log CE increase, score), and lines between neighbours
+    make a curve. Where both curves exist, take the mean of their difference. Its error comes from
+    1,000 repetitions with normal noise of the size of the scores' own errors. If the curves do not
+    overlap, there is no sentence.
     """
     lines = [score_curve(report, name) for name in (arch, other)]
     if not all(len(x) for x, _, _ in lines):
@@ -605,7 +655,7 @@ def compare(report, arch, other):
     if low >= high:
         return []
     at, random = np.linspace(low, high, 101), np.random.default_rng(0)
-    means = []  # for each line, of the scores as they are and of 1,000 with noise
+    means = []  # of each curve, 1,001 means: first of the scores as they are, then with noise
     for x, score, error in lines:
         noisy = score + error * random.standard_normal((1000, len(x)))
         interpolated = [np.interp(at, x, scores) for scores in (score, *noisy)]
@@ -622,8 +672,9 @@ def compare(report, arch, other):
 HOW_TO_READ = (
     "Lower is better for FVU (1: no better than the mean), CE increase and KL (nats per token)."
     " Higher is better for CE recovered (0%: as bad as the mean) and for the intruder score (chance"
-    " is 0.2, and null should be within 3 errors of it). ± is one standard error, over rows of text"
-    " or over latents."
+    " is 0.2, and null should be within 3 errors of it), also if the intruder is a token on which"
+    " the latent is active elsewhere (same token). ± is one standard error, over rows of text or"
+    " over latents."
 )
 
 
@@ -691,15 +742,18 @@ def main():
     args.tokens = math.ceil(args.tokens)
     config, coders = skipcoder.load_run(args.run, args.device)
     if args.dataset is None:
-        args.dataset, args.subset = config["dataset"], args.subset or config["subset"]
+        args.dataset = config["dataset"]
+        args.subset = args.subset or config["subset"]
     outputs = {"--json": args.json, "--html": args.html, "--svg": args.svg}
     outputs = {name: path for name, path in outputs.items() if path is not None}
     for name, path in outputs.items():  # better now than after the work
-        with skipcoder.one_line(f"{name} {path}", "pass the name of a file that can be written"):
+        with skipcoder.exit_on_error(
+            f"{name} {path}", "pass the name of a file that can be written"
+        ):
             path.open("a").close()
 
     hint = skipcoder.DATA_HINT
-    with skipcoder.one_line(f"--dataset {args.dataset}", hint, skipcoder.DataError):
+    with skipcoder.exit_on_error(f"--dataset {args.dataset}", hint, skipcoder.DataError):
         report, for_page = evaluate(config, coders, args)
     for name, path in outputs.items():
         if name == "--json":
@@ -911,26 +965,32 @@ def contexts(active, acts, words, width):
     return found
 
 
-def page(report, tokens, where, shown, tokenizer):
+def page(report, tokens, where, scores, promotes, tokenizer):
     """Return one self-contained HTML page: pictures, the table, and the scored latents.
 
-    The arguments are what `evaluate` returns.
+    `tokens` [rows, T] are those read, and `where` [n] is the index in tokens.flatten() of each
+    place. `scores` and `promotes` hold a coder's Scores and the tokens [latents, 5] that these
+    latents promote, by name. Neurons have none of the latter.
     """
     # Each text of a token is on the page only once. A new one gets the next number.
     numbers = defaultdict(lambda: len(numbers))
     words = [numbers[word] for row in tokens.tolist() for word in legible(tokenizer, row)]
     coders, sizes = {}, {}
-    for name, (latents, found, density, promotes) in shown.items():
-        coders[name], sizes[name] = [], (len(latents), len(density))
-        scored = list(zip(latents, found, promotes))
-        for latent, right, best in scored[: ON_PAGE // len(shown)]:
-            places, acts = latents[latent]
-            # Leave out promoted tokens with nothing to see.
-            promoted = [legible(tokenizer, [token])[0] for token in best.tolist()]
-            promoted = [numbers[word] for word in promoted if not re.fullmatch(EMPTY, word)]
-            about = map(float, (right.double().mean(), density[latent], acts.max()))
+    for name, judged in scores.items():
+        active = judged.active
+        coders[name], sizes[name] = [], (len(judged.latents), len(active.count))
+        for i, latent in enumerate(judged.latents[: ON_PAGE // len(scores)]):
+            places, acts = active.places[latent], active.acts[latent]
+            score, same_token = judged.found[i].double().mean().item(), None
+            if judged.has_same_token[i]:
+                same_token = judged.found_same_token[i].double().mean().item()
+            about = score, active.density[latent].item(), acts[0].item(), same_token
             lines = contexts(where[places], acts, words, tokens.shape[1])
-            coders[name].append((latent, *about, lines, promoted))
+            # Leave out promoted tokens with nothing to see.
+            best = promotes[name][i].tolist() if name in promotes else []
+            texts = [legible(tokenizer, [token])[0] for token in best]
+            texts = [numbers[text] for text in texts if not re.fullmatch(EMPTY, text)]
+            coders[name].append((latent, *about, lines, texts))
 
     rows = report["coders"]
     best = max(rows, key=lambda name: rows[name]["intruder"] or 0)
@@ -992,7 +1052,7 @@ table { border-collapse: collapse; font-size: 13px; white-space: pre }
 th, td { text-align: right; padding: .15rem .5rem; border-bottom: thin solid var(--line) }
 th:first-child { text-align: left; padding-left: 0 }
 tr:first-child { font-weight: bold }
-td:nth-child(4) { font-family: monospace }  /* bars of the histogram */
+td:nth-child(5) { font-family: monospace }  /* bars of the histogram */
 
 nav {
   position: sticky; top: 0; z-index: 1; background: var(--paper); padding: .4rem 0;
@@ -1072,11 +1132,12 @@ function showPeaks(scroller) {
 }
 
 // A latent: its numbers, the tokens that it promotes, and its contexts.
-function fill(card, [latent, score, density, largest, contexts, promoted]) {
+function fill(card, [latent, score, density, largest, sameToken, contexts, promoted]) {
   const title = add(card, "h2"), share = +(100 * density).toPrecision(2);
+  const harder = sameToken?.toFixed(1) ?? "none, it is active whenever its tokens occur";
   add(title, "a", `latent ${latent}`, {href: `#${get("coder").value}/${latent}`});
-  add(title, "small", ` score ${score.toFixed(1)} · active on ${share}% of tokens`
-    + ` · largest activation ${+largest.toPrecision(3)}`);
+  add(title, "small", ` score ${score.toFixed(1)} (same token: ${harder})`
+    + ` · active on ${share}% of tokens · largest activation ${+largest.toPrecision(3)}`);
   if (promoted.length) {
     add(card, "p", "promotes " + promoted.map(token => `“${text[token]}”`).join(" "));
   }
@@ -1136,7 +1197,7 @@ function message({name, number, sought}, chosen) {
 function show() {
   const asked = query(), {number, prefix, sought} = asked, coder = get("coder").value;
   const wanted = latent => latent[0] == number
-    || (sought ? latent[4].some(context => firesOn(sought, context)) : !prefix);
+    || (sought ? latent[5].some(context => firesOn(sought, context)) : !prefix);
   const chosen = coders[coder].filter(wanted);
 
   const sort = +get("sort").value, key = Math.abs(sort), sign = sort < 0 ? -1 : 1;

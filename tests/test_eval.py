@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import statistics
 import sys
 from itertools import pairwise
 from unittest import mock
@@ -51,6 +52,7 @@ PROXY = {
     "intruder_histogram",
     "latents_scored",
 }
+SAME_TOKEN = {"intruder_same_token", "intruder_same_token_se", "latents_same_token"}
 FIDELITY = {
     "fvu",
     "fvu_all",
@@ -70,13 +72,16 @@ def test_report(evaluated, trained):
     assert report["run"]["tokens_trained"] == load_run(trained)[0]["tokens_trained"]
     assert report["run"]["k"] == [4] and report["run"]["hookpoint"] == FOLDER
 
-    of_a_coder = {*PROXY, *FIDELITY, "arch", "k", "l0", "dead"}
+    of_a_coder = {*PROXY, *SAME_TOKEN, *FIDELITY, "arch", "k", "l0", "dead"}
     for arch, row in report["coders"].items():
         alone = {"fvu_latents_alone", "fvu_skip_alone"}
         assert set(row) == of_a_coder | (alone if arch == "skip_transcoder" else set())
         assert row["arch"] == arch and row["k"] == 4
     keys = {name: set(row) for name, row in report["baselines"].items()}
-    assert keys == {"affine": FIDELITY, "neurons": PROXY, "untrained": PROXY, "null": PROXY}
+    assert keys.pop("affine") == FIDELITY
+    assert keys.pop("null") == PROXY  # random tokens are of no latent
+    assert set(keys) == {"neurons", "untrained", "untrained_sae"}
+    assert all(found == PROXY | SAME_TOKEN for found in keys.values())
 
     # Chance is chance, and its error that of 40 latents with 10 trials each.
     null = report["baselines"]["null"]
@@ -101,7 +106,7 @@ def test_tables(evaluated):
     names = [line.split()[1] for line in losses[2:]]
     assert names == [*ARCHS, "affine"]
     names = [line.split()[1] for line in scores[2:]]
-    assert names == [*ARCHS, "neurons", "untrained", "null"]
+    assert names == [*ARCHS, "neurons", "untrained", "untrained_sae", "null"]
 
     sae = report["coders"]["sae"]
     (row,) = [line for line in losses if line.startswith("| sae ")]
@@ -110,8 +115,12 @@ def test_tables(evaluated):
     assert f" {rounded(sae['ce_increase'], sae['ce_increase_se'])} " in row
     (row,) = [line for line in scores if line.startswith("| sae ")]
     assert f" {rounded(sae['intruder'], sae['intruder_se'])} " in row
+    same_token = sae["intruder_same_token"], sae["intruder_same_token_se"]
+    assert f" {rounded(*same_token)} " in row
     top, *_, lowest = sae["intruder_by_quantile"]
     assert f" {top:.2f} → {lowest:.2f} " in row
+    header, *_, null = [[cell.strip() for cell in line.split("|")] for line in scores]
+    assert null[header.index("same token")] == ""
     # Eleven bars, the highest full.
     bars = row.split("|")[-2][-12:-1]
     highest = max(sae["intruder_histogram"])
@@ -137,24 +146,34 @@ def test_remarks(evaluated):
 
 def test_a_page_of_a_run(evaluated):
     """What the page says of a latent is what the report counted and what the text holds."""
-    _, report, html, (seen, where, latents, tokenizer) = evaluated
+    _, report, html, (seen, where, scores, promotes, tokenizer) = evaluated
     data = check_page(html)
     assert len(html) < 3e6 and f"{report['coders']['sae']['fvu']:.4f}" in html
     assert set(data["coders"]) == {*ARCHS, "neurons"}
+    assert set(promotes) == set(ARCHS)
     for name, on_page in data["coders"].items():
         row = report["coders"].get(name) or report["baselines"][name]
         assert len(on_page) == row["latents_scored"] > 10
-        mean = sum(latent[1] for latent in on_page) / len(on_page)
+        mean = statistics.mean(latent[1] for latent in on_page)
         assert mean == pytest.approx(row["intruder"])
-        of_latents, found, _, tops = latents[name]
-        for latent, right, top, item in zip(on_page, found, tops, of_latents.items()):
-            shown, score, density, largest, contexts, promoted = latent
-            number, (places, acts) = item
-            assert shown == number and score == right.double().mean()
+        same_token = [latent[4] for latent in on_page if latent[4] is not None]
+        assert len(same_token) == row["latents_same_token"] > 10
+        mean = statistics.mean(same_token)
+        assert mean == pytest.approx(row["intruder_same_token"])
+        judged = scores[name]
+        for i, (shown, about) in enumerate(zip(judged.latents, on_page)):
+            latent, score, density, largest, same_token, contexts, promoted = about
+            places, acts = judged.active.places[latent], judged.active.acts[latent]
+            assert latent == shown and score == judged.found[i].double().mean()
             assert density == pytest.approx(len(places) / report["tokens"])
             assert largest == acts.max()
+            if judged.has_same_token[i]:
+                assert same_token == judged.found_same_token[i].double().mean()
+            else:
+                assert same_token is None
+            top = [] if name == "neurons" else promotes[name][i].tolist()
             assert len(top) == (0 if name == "neurons" else 5)
-            words = [evaluation.legible(tokenizer, [token])[0] for token in top.tolist()]
+            words = [evaluation.legible(tokenizer, [token])[0] for token in top]
             words = [word for word in words if can_be_seen(word)]
             assert [data["text"][word] for word in promoted] == words
             check_contexts(contexts, where[places], acts, data["text"], seen, tokenizer)
@@ -282,7 +301,8 @@ def by_hand(trained, tiny, device, monkeypatch):
 
     def read_held_out(patched, batches, coders, baselines, max_norm):
         seen.untrained = baselines["untrained"]
-        return read(patched, batches, coders, baselines, max_norm)
+        seen.sample = read(patched, batches, coders, baselines, max_norm)
+        return seen.sample
 
     monkeypatch.setattr(evaluation, "read_held_out", read_held_out)
     monkeypatch.setattr(evaluation, "fit_affine", fit_affine)
@@ -312,7 +332,7 @@ def test_numbers_equal_a_dense_float64_computation(by_hand):
     x, y = x_rows[counted], y_rows[counted]  # [n, d]
     n, of_all = len(y), counted.numel()
     assert report["tokens"] == n < 0.96 * of_all
-    tokens_read, places, latents, _ = by_hand.seen.shown
+    tokens_read, places, scores, promotes, _ = by_hand.seen.shown
     assert torch.equal(tokens_read.flatten()[places], held_out[:, 1:][counted.cpu()])
     all_y = y_rows.flatten(0, 1)
     share = 1 - variance(y) / variance(all_y)
@@ -327,14 +347,6 @@ def test_numbers_equal_a_dense_float64_computation(by_hand):
     fits = y_train.norm(dim=-1) < limit
     x_train, y_train = x_train[fits], y_train[fits]
     affine = torch.linalg.lstsq(with_one(x_train), y_train).solution
-
-    # The untrained transcoder is one at its start, but not at that of the run's.
-    untrained, theirs = by_hand.seen.untrained, Coder("transcoder", 32, 256, 4, seed=0)
-    assert untrained.arch == "transcoder" and untrained.k == 4
-    assert untrained.W_enc.shape == theirs.W_enc.shape
-    assert (untrained.W_enc.cpu() - theirs.W_enc).abs().mean() > 0.1
-    pre = x_train @ untrained.W_enc.double().T + untrained.b_enc
-    assert pre.mean(0).abs().max() < 1e-3 * pre.std()
 
     # y_hat of each, [rows, 31, d].
     y_hats = {"affine": with_one(x_rows) @ affine}
@@ -351,10 +363,14 @@ def test_numbers_equal_a_dense_float64_computation(by_hand):
         dead = (shares == 0).double().mean().item()
         assert row["l0"] == pytest.approx(shares.sum().item(), rel=1e-3)
         assert row["dead"] == pytest.approx(dead, abs=0.01)
-        active, _, density, _ = latents[arch]
-        assert_close(density, shares, atol=1e-3, rtol=0)
-        assert len(active) == row["latents_scored"] == 20
-        for latent, (tokens, acts) in active.items():
+        active = scores[arch].active
+        assert_close(active.density, shares, atol=1e-3, rtol=0)
+        assert len(scores[arch].latents) == row["latents_scored"] == 20
+        directions = coder.W_dec[scores[arch].latents]
+        top = evaluation.promoted(dense.lm, directions)
+        assert (promotes[arch].cpu() != top.cpu()).double().mean() < 0.05  # near ties may differ
+        for latent in scores[arch].latents:
+            tokens, acts = active.places[latent], active.acts[latent]
             fires = z[:, latent].nonzero().flatten().tolist()
             assert len(set(tokens.tolist()) ^ set(fires)) <= 1  # ties may fall either way
             assert_close(acts.double(), z[tokens, latent].cpu(), rtol=1e-2, atol=1e-3)
@@ -408,6 +424,56 @@ def test_numbers_equal_a_dense_float64_computation(by_hand):
         assert row["kl_se"] == pytest.approx(error, rel=1e-2)
 
 
+@pytest.mark.parametrize("name", ["untrained", "untrained_sae"])
+def test_untrained_coders(by_hand, name):
+    """Each is a coder at its start, but not at that of the run's, and reads what its kind reads.
+
+    That is x for a transcoder. An autoencoder reads y, without its mean.
+    """
+    assert set(by_hand.seen.untrained) == {"untrained", "untrained_sae"}
+    coder = by_hand.seen.untrained[name]
+    arch = "sae" if name == "untrained_sae" else "transcoder"
+    assert coder.arch == arch and coder.k == 4
+    start = Coder(arch, 32, 256, 4, seed=0)
+    assert coder.W_enc.shape == start.W_enc.shape
+    assert (coder.W_enc.cpu() - start.W_enc).abs().mean() > 0.1
+    assert_close(coder.W_enc.norm(dim=1).cpu(), torch.ones(256))
+
+    def read(tokens):
+        """Return which tokens count [rows, 31], and x, y of these."""
+        _, x_rows, y_rows, _ = by_hand.dense(tokens)
+        counted = y_rows.norm(dim=-1) < by_hand.config["max_norm"]
+        return counted.cpu(), x_rows[counted], y_rows[counted]
+
+    # On training text, its pre-activations have mean zero. The biases say so.
+    _, x, y = read(by_hand.seen.training)
+    W_enc, b_enc, y_mean = coder.W_enc.double(), coder.b_enc.double(), y.mean(0)
+    pre = F.linear(y - y_mean if arch == "sae" else x, W_enc, b_enc)
+    assert pre.mean(0).abs().max() < 1e-3 * pre.std()
+    assert_close(coder.b_dec.double(), y_mean, rtol=1e-3, atol=1e-5)
+
+    # Its active latents on held-out text are the four largest.
+    counted, x, y = read(by_hand.held_out)
+    pre = F.linear(y - y_mean if arch == "sae" else x, W_enc, b_enc)
+    largest = pre.topk(4).indices
+    kept = torch.zeros_like(pre).scatter(1, largest, 1)
+    z = (kept * pre).relu().cpu()
+    entries = by_hand.seen.sample.active[name]
+    places, latents, acts = map(torch.cat, zip(*entries))
+    found = torch.zeros_like(z)
+    found[places, latents] = acts.double()
+    fires, expected = found > 0, z > 0
+    assert (fires != expected).sum() <= 10  # ties may fall either way
+    both = fires & expected
+    assert_close(found[both], z[both], rtol=1e-2, atol=1e-3)
+
+    # The row of the report is about these latents.
+    tokens = by_hand.held_out[:, 1:][counted]
+    hidden = torch.cat(by_hand.seen.sample.hidden)
+    scores = evaluation.Scores(entries, 256, tokens, hidden, wanted=20, seed=0)
+    assert by_hand.seen.report["baselines"][name] == scores.summary()
+
+
 def test_a_coder_is_evaluated_alone_as_beside_others(by_hand):
     """Its numbers, and the baselines', do not depend on which coders are there."""
     one = {"skip_transcoder": by_hand.coders["skip_transcoder"]}
@@ -435,7 +501,7 @@ def score(types: int, shared: float = 0, dtype: torch.dtype = torch.bfloat16) ->
     hidden = (directions[kind] + 0.5 * random(len(kind), 64)).to(dtype)
     latent = kind // types
     tokens = [(latent == j).nonzero().flatten() for j in range(512 // types)]
-    trials = evaluation.intruder_trials(tokens, len(kind), generator)
+    trials, _ = evaluation.intruder_trials(tokens, kind, generator)
     found = evaluation.intruder_found(trials, hidden, hidden.float().mean(0))
     return evaluation.summary(found)["intruder"]
 
@@ -452,20 +518,172 @@ def test_contexts_are_centred():
     assert score(1, shared=1e5, dtype=torch.float32) > 0.95
 
 
-def test_trials_show_four_tokens_of_a_fifth_and_one_on_which_the_latent_is_silent():
+SAME_TOKEN_OR_NOT = pytest.mark.parametrize("same_token", [False, True])
+
+
+@SAME_TOKEN_OR_NOT
+def test_trials_show_four_tokens_of_a_fifth_and_one_on_which_the_latent_is_silent(same_token):
     """Each latent is active on most tokens: an intruder drawn from all would be an active one."""
     generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(20, (600,), generator=generator)
     of_latents = [torch.randperm(600, generator=generator)[:500] for _ in range(20)]
-    trials = evaluation.intruder_trials(of_latents, 600, generator)
-    assert trials.shape == (20, 10, 5)
-    for of_latent, tokens in zip(trials, of_latents):
+    trials, possible = evaluation.intruder_trials(of_latents, tokens, generator, same_token)
+    assert trials.shape == (20, 10, 5) and possible.tolist() == [True] * 20
+    for of_latent, places in zip(trials, of_latents):
         for t, (*shown, intruder) in enumerate(of_latent.tolist()):
             start = 100 * (t % 5)
-            fifth = tokens[start : start + 100].tolist()
+            fifth = places[start : start + 100].tolist()
             assert len(set(shown)) == 4 and set(shown) <= set(fifth)
-            assert intruder not in tokens.tolist()
+            assert intruder not in places.tolist()
     # Intruders are drawn anew in each trial, and from all tokens on which it is silent.
     assert len(trials[..., 4].unique()) > 100
+
+
+def shares_of_intruders(active, tokens, same_token) -> list:
+    """Return the probability of each place to be the intruder, counted one by one."""
+    active, tokens = set(active.tolist()), tokens.tolist()
+    weights = []
+    for place, token in enumerate(tokens):
+        weight = 0 if place in active else 1
+        if same_token and weight:
+            occurrences = {i for i, other in enumerate(tokens) if other == token}
+            fires = occurrences & active
+            silent = occurrences - active
+            weight = len(fires) / len(silent)
+        weights.append(weight)
+    return [weight / sum(weights) for weight in weights]
+
+
+def active_on_some():
+    """Text of ten tokens, and where a latent is active: often on some, always on one, never on two.
+
+    Return the places and the tokens [400].
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(10, (400,), generator=generator)
+    share = torch.tensor([1, 0, 0, 0.9, 0.7, 0.5, 0.4, 0.3, 0.2, 0.1])
+    fires = torch.rand(400, generator=generator) < share[tokens]
+    places = fires.nonzero().flatten()
+    order = torch.randperm(len(places), generator=generator)
+    return places[order], tokens
+
+
+@SAME_TOKEN_OR_NOT
+def test_weights_of_intruders(same_token):
+    """Against counts in plain Python."""
+    active, tokens = active_on_some()
+    weights = evaluation.intruder_weights(active, tokens, same_token)
+    shares = weights.double() / weights.double().sum()
+    expected = shares_of_intruders(active, tokens, same_token)
+    assert shares.tolist() == pytest.approx(expected, rel=1e-5)
+
+    # By token: all silent places alike, or as often as the latent is active on the token.
+    of_token = torch.zeros(10).double().index_add_(0, tokens, shares)
+    number = tokens.bincount(minlength=10)
+    number_active = tokens[active].bincount(minlength=10)
+    of_interest = number - number_active
+    if same_token:
+        of_interest = number_active.clone()
+        of_interest[0] = 0  # the latent is active wherever it occurs
+    assert_close(of_token, of_interest / of_interest.sum().double())
+
+
+@SAME_TOKEN_OR_NOT
+def test_intruders_are_drawn_by_their_weights(same_token):
+    """20,000 draws for one latent, within five standard deviations of what is expected."""
+    active, tokens = active_on_some()
+    generator = torch.Generator().manual_seed(0)
+    trials, possible = evaluation.intruder_trials([active] * 2000, tokens, generator, same_token)
+    assert possible.all()
+    drawn = trials[..., 4].flatten().bincount(minlength=400).double()
+    expected = 20_000 * torch.tensor(shares_of_intruders(active, tokens, same_token)).double()
+    assert ((drawn - expected).abs() <= 5 * expected.sqrt()).all()  # and never what has none
+    # Also by token.
+    drawn = torch.zeros(10).double().index_add_(0, tokens, drawn)
+    expected = torch.zeros(10).double().index_add_(0, tokens, expected)
+    assert ((drawn - expected).abs() <= 5 * expected.sqrt()).all()
+    if same_token:
+        assert drawn[:3].tolist() == [0, 0, 0]  # always or never active
+
+
+def test_a_latent_that_is_active_on_every_occurrence_has_no_trials_of_the_same_token():
+    """It has no part in their mean, and is not counted among the latents that have."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(10, (2000,), generator=generator)
+    hidden = torch.randn(2000, 8, generator=generator)
+    half = torch.rand(2000, generator=generator) < 0.5
+    low, high = half & (tokens < 5), half & (tokens > 2)
+    fires = [tokens == 0, low, tokens < 3, high, tokens == 9]
+    entries = []
+    for latent, of_latent in enumerate(fires):
+        places = of_latent.nonzero().flatten()
+        acts = torch.ones(len(places))
+        entries.append((places, torch.full_like(places, latent), acts))
+    scores = evaluation.Scores(entries, 5, tokens, hidden, wanted=5, seed=0)
+    assert sorted(scores.latents) == [0, 1, 2, 3, 4]
+    has_some = [latent in (1, 3) for latent in scores.latents]
+    assert scores.has_same_token.tolist() == has_some
+
+    row = scores.summary()
+    assert row["latents_scored"] == 5 and row["latents_same_token"] == 2
+    assert row["intruder"] == pytest.approx(scores.found.double().mean().item())
+    kept = scores.found_same_token[has_some].double().mean(1)
+    assert row["intruder_same_token"] == pytest.approx(kept.mean().item())
+    error = (kept[0] - kept[1]).abs().item() / 2
+    assert row["intruder_same_token_se"] == pytest.approx(error)
+
+    # Where it is so for all but one, there is no score, as with one latent.
+    of_one = [entry for latent, entry in enumerate(entries) if latent != 3]
+    row = evaluation.Scores(of_one, 5, tokens, hidden, wanted=5, seed=0).summary()
+    assert row["latents_scored"] == 4 and row["latents_same_token"] == 1
+    assert row["intruder_same_token"] is row["intruder_same_token_se"] is None
+    assert row["intruder"] is not None
+
+
+def scores_in_context(share, types) -> tuple:
+    """Return the scores, plain and with the same token, of latents for some of 256 token types.
+
+    A token is of one of four contexts, and its hidden state is the sum of a direction of its type,
+    one of its context, and noise. Each latent is active on a quarter of the occurrences of its
+    types: where the context is the first, or with chance 1 - `share` anywhere.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    kind = torch.randint(256, (80_000,), generator=generator)  # [N]
+    context = torch.randint(4, kind.shape, generator=generator)
+    anywhere = torch.rand(kind.shape, generator=generator) > share
+    other = torch.randint(4, kind.shape, generator=generator)
+    fires = torch.where(anywhere, other, context) == 0
+    noise = 0.5 * random(len(kind), 64)
+    hidden = random(256, 64)[kind] + 0.7 * random(4, 64)[context] + noise
+    places = fires.nonzero().flatten()
+    acts = torch.rand(len(places), generator=generator)
+    entries = [(places, kind[places] // types, acts)]
+    scores = evaluation.Scores(entries, 256 // types, kind, hidden, wanted=256, seed=0)
+    row = scores.summary()
+    assert row["latents_scored"] == row["latents_same_token"] == 256 // types
+    return row["intruder"], row["intruder_same_token"]
+
+
+@pytest.mark.parametrize("types", [1, 2])
+def test_random_occurrences_of_some_tokens_score_at_chance_against_the_same_token(types):
+    """Such a latent stands for nothing but its tokens, and the plain score does not tell."""
+    plain, same_token = scores_in_context(0, types)
+    assert plain > 0.5
+    error = math.sqrt(0.2 * 0.8 / 10 / (256 // types))
+    assert abs(same_token - 0.2) < 4 * error
+
+
+def test_a_token_in_one_kind_of_context_scores_high_in_both_kinds_of_trials():
+    """The fewer occurrences outside of this context, the higher the harder score."""
+    scores = [scores_in_context(share, types=1) for share in (0, 0.4, 0.7, 1)]
+    assert all(plain > 0.9 for plain, _ in scores)
+    for (_, low), (_, high) in pairwise(scores):
+        assert high > low + 0.1
+    assert scores[-1][1] > 0.9
 
 
 def test_the_intruder_is_the_context_with_the_smallest_sum_of_similarities():
@@ -620,7 +838,7 @@ def test_what_is_missing_is_said(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluation, "MIN_ACTIVE", 10**9)
     assert run_here(evaluation, *args.split()) == 0
     stdout = " ".join(capsys.readouterr().out.split())
-    assert "sae, transcoder, skip_transcoder, neurons, untrained" in stdout
+    assert "sae, transcoder, skip_transcoder, neurons, untrained, untrained_sae" in stdout
     report = read_json(tmp_path / "e.json")
     for row in report["coders"].values():
         assert row["intruder"] is row["intruder_se"] is row["intruder_sd"] is None

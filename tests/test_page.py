@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from itertools import pairwise
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -105,6 +106,11 @@ SCORES = {
     "intruder_histogram": [0.2, 0.8],
     "latents_scored": 2,
 }
+SAME_TOKEN = {
+    "intruder_same_token": 0.4,
+    "intruder_same_token_se": 0.02,
+    "latents_same_token": 2,
+}
 RUN = {
     "model": "some/model",
     "hookpoint": "h.1.mlp",
@@ -134,13 +140,14 @@ def made_up(rows) -> dict:
         "coders": {},
         "baselines": {
             "affine": FIDELITY | {"ce_increase": 0.5},
-            "neurons": SCORES | {"intruder": 0.3},
-            "untrained": SCORES | {"intruder": 0.31},
+            "neurons": SCORES | SAME_TOKEN | {"intruder": 0.3},
+            "untrained": SCORES | SAME_TOKEN | {"intruder": 0.31},
+            "untrained_sae": SCORES | SAME_TOKEN | {"intruder": 0.33},
             "null": SCORES | {"intruder": 0.19},
         },
     }
     for arch, k, ce_increase, score in rows:
-        row = FIDELITY | SCORES | {"arch": arch, "k": k, "l0": k}
+        row = FIDELITY | SCORES | SAME_TOKEN | {"arch": arch, "k": k, "l0": k}
         row |= {"ce_increase": ce_increase, "intruder": score}
         report["coders"][f"{arch}-k{k}"] = row
     return report
@@ -156,17 +163,32 @@ ROWS = [
 ]
 
 
-def make_page(tokenizer, tokens, promoted, rows=ROWS):
+def made_up_scores(number, found_same_token):
+    """Scores of latent 7 of 512, active on this number of tokens; its plain score is 1.
+
+    And which intruders were found in trials of the same token, if there were such trials.
+    """
+    active = SimpleNamespace(count=torch.zeros(512), density=torch.full((512,), 0.25))
+    active.places = {7: torch.arange(number)}
+    active.acts = {7: torch.linspace(9, 1, number)}
+    found = torch.tensor([found_same_token or [False] * 10])
+    return SimpleNamespace(
+        active=active,
+        latents=[7],
+        found=torch.ones(1, 10).bool(),
+        has_same_token=torch.tensor([found_same_token is not None]),
+        found_same_token=found,
+    )
+
+
+def make_page(tokenizer, tokens, promoted, rows=ROWS, found_same_token=None):
     """A page on which each coder has one latent, active on all tokens, and the page's data."""
-    report = made_up(rows)
-    places = torch.arange(len(tokens))
-    active = {7: (places, torch.linspace(9, 1, len(tokens)))}
-    found = torch.ones(1, 10).bool()
-    density = torch.full((512,), 0.25)
-    latents = active, found, density, torch.tensor([promoted])
-    latents = dict.fromkeys(report["coders"], latents)
+    report, places = made_up(rows), torch.arange(len(tokens))
+    scores = made_up_scores(len(tokens), found_same_token)
+    scores = dict.fromkeys(report["coders"], scores)
+    promotes = dict.fromkeys(report["coders"], torch.tensor([promoted]))
     seen = torch.tensor([tokens])
-    page = evaluation.page(report, seen, places, latents, tokenizer)
+    page = evaluation.page(report, seen, places, scores, promotes, tokenizer)
     return page, check_page(page)
 
 
@@ -195,7 +217,7 @@ def test_contexts():
     tokens = tokenizer.encode("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234567")
     _, data = make_page(tokenizer, tokens, [0] * 5)
     assert data["sizes"]["sae-k8"] == [1, 512] and data["best"] == "skip_transcoder-k8"
-    ((latent, score, density, largest, contexts, _),) = data["coders"]["sae-k8"]
+    ((latent, score, density, largest, _, contexts, _),) = data["coders"]["sae-k8"]
     assert (latent, score, density, largest) == (7, 1, 0.25, 9)
     texts = ["".join(data["text"][word] for word in words) for _, words, _ in contexts]
     peaks = [text[peak] for text, (peak, *_) in zip(texts, contexts)]
@@ -204,6 +226,17 @@ def test_contexts():
     for peak, words, levels in contexts[4:7]:
         assert peak == around and len(words) == len(levels) == 2 * around + 1
     assert contexts[0][0] == 0 and contexts[0][2][0] == "9"
+
+
+def test_the_score_against_the_same_token_is_shown_where_there_is_one():
+    """A 0 is a score, too."""
+    tokenizer = byte_level()
+    tokens = tokenizer.encode("the quick fox")
+    for right, score in ((3, 0.3), (0, 0), (None, None)):
+        found = None if right is None else [True] * right + [False] * (10 - right)
+        _, data = make_page(tokenizer, tokens, tokens[:5], found_same_token=found)
+        ((_, plain, _, _, same_token, _, _),) = data["coders"]["sae-k8"]
+        assert plain == 1 and same_token == pytest.approx(score)
 
 
 def test_promoted_tokens_leave_out_what_cannot_be_seen():
@@ -277,15 +310,17 @@ def test_points_lie_where_the_marks_put_them():
         # Error bars reach two standard errors of 0.02 up and down.
         assert low == pytest.approx(y - 0.04 * per_score, abs=0.3)
         assert high == pytest.approx(y + 0.04 * per_score, abs=0.3)
-    for name, score in (("chance", 0.2), ("neurons", 0.3), ("untrained", 0.31)):
+    lines = {"chance": 0.2, "neurons": 0.3, "untrained": 0.31, "untrained_sae": 0.33}
+    for name, score in lines.items():
         right_y = down[0.2] + per_score * (score - 0.2)
         assert baselines(svg)[name][0] == pytest.approx(right_y, abs=0.3)
 
 
 def test_names_of_baselines_do_not_cover_one_another():
     names = baselines(draw(ROWS)[0])
-    assert list(names) == ["chance", "neurons", "untrained"]
-    assert names["neurons"][1] - names["untrained"][1] >= 14
+    assert list(names) == ["chance", "neurons", "untrained", "untrained_sae"]
+    heights = [height for _, height in names.values()]
+    assert all(low - high >= 14 for low, high in pairwise(heights))
 
 
 def test_below_zero_the_scale_is_linear():
