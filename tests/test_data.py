@@ -441,10 +441,30 @@ def test_rows_are_shuffled_in_another_order_for_another_seed(tmp_path):
 
 def test_batches_are_full_and_that_data_is_repeated_is_said_once(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl")
-    epoch = sum(not is_held_out(text) for text in TEXTS) // 4 * 4  # whole batches of 4
-    assert len(numbers(path, rows=4, n=3 * epoch, seed=0)) == 3 * epoch
+    epoch = sum(not is_held_out(text) for text in TEXTS)  # not a multiple of 4
+    found = numbers(path, rows=4, n=8 * epoch, seed=0)
+    for i in range(0, 8 * epoch, epoch):
+        assert len(set(found[i : i + epoch])) == epoch, "no row is lost between epochs"
     said = capsys.readouterr().out.strip()
     assert said == f"--dataset {path} is repeated: it has {3 * epoch:,} tokens"
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("cores", [2, 9])
+@pytest.mark.parametrize("held_out", [True, False])
+def test_files_that_are_shorter_than_a_row_share_rows(tmp_path, monkeypatch, tiny, cores, held_out):
+    """And no batch needs more text than one reader has."""
+    monkeypatch.setattr(skipcoder.os, "cpu_count", lambda: cores)
+    for i in range(1000):
+        (tmp_path / f"{i}.txt").write_text(f"short {i}")
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    texts = [f"short {i}" for i in range(1000) if is_held_out(f"short {i}") == held_out]
+    tokens = sum(len(tokenizer(text)["input_ids"]) + 1 for text in texts)
+    rows = tokens // 31 - cores  # each reader may drop an unfinished row
+    assert rows > 0
+    seed = None if held_out else 0
+    batches = token_batches(str(tmp_path), None, tokenizer, 32, rows, held_out, seed)
+    assert next(batches).shape == (rows, 32)
 
 
 def test_half_read_parquet_does_not_abort_or_hang_at_exit(tmp_path, tiny):
