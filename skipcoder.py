@@ -893,10 +893,10 @@ def at_least(least, kind=int):
 def pick_device(name):
     """Return the device of this name. "auto" is the accelerator, or the CPU if there is none."""
     if name == "auto":
-        name = "cpu"
-        if torch.accelerator.is_available():
-            kind = torch.accelerator.current_accelerator().type
-            name = f"{kind}:{os.environ.get('LOCAL_RANK', '0')}"
+        available = torch.accelerator.is_available()
+        name = torch.accelerator.current_accelerator().type if available else "cpu"
+    if name in ("cuda", "xpu"):  # under torchrun each process has one of its own
+        name += f":{os.environ.get('LOCAL_RANK', '0')}"
     errors = RuntimeError, AssertionError  # torch has no error class of its own for this
     with exit_on_error(f"--device {name}", "use cpu, cuda, mps, xpu or auto", errors):
         return torch.zeros(1, device=name).device

@@ -165,3 +165,17 @@ def test_a_run_and_its_evaluation(pretended, trained, tiny, tmp_path):
     # trials draw other tokens, so scores are not compared.
     assert len(numbers["cpu"]) == 18
     assert numbers["meta"] == pytest.approx(numbers["cpu"], rel=1e-5)
+
+
+@pytest.mark.parametrize("accelerator", ["cuda", "xpu", "mps", None])
+def test_each_process_takes_an_accelerator_of_its_own(monkeypatch, accelerator):
+    """With `auto` or by its kind. Where there is none, it takes the CPU."""
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    seen, kind = [], accelerator and torch.device(accelerator)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator is not None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: kind)
+    monkeypatch.setattr(torch, "zeros", lambda n, device: seen.append(device) or torch.empty(n))
+    for name in ("auto", accelerator or "cpu", "cuda:1"):
+        skipcoder.pick_device(name)
+    expected = {"cuda": "cuda:3", "xpu": "xpu:3", "mps": "mps", None: "cpu"}[accelerator]
+    assert seen == [expected, expected, "cuda:1"]
