@@ -92,7 +92,8 @@ def study(args):
 
     # Compare errors on held-out text, and what the maps write. (Constants are b_dec's affair.)
     x, y = read(50, held_out=True)
-    centred, variance = x - x.mean(0), y.var(0).sum()
+    centred = x - x.mean(0)
+    variance = y.var(0).sum()
     _, coders = skipcoder.load_run(args.out)
     errors = {}
     table = [["", "FVU", "more than the paper's", "W_skip alone", *MAPS, "left"]]
@@ -116,7 +117,8 @@ def study(args):
 if __name__ == "__main__":
     skip = skipcoder.ARCHS["skip_transcoder"]
     skipcoder.ARCHS |= {arm: skip for arm in ARMS}
-    skipcoder.train, skipcoder.Coder = study, Arm
+    skipcoder.train = study
+    skipcoder.Coder = Arm
     skipcoder.LOG_EVERY = 20  # seconds
     sys.argv[1:1] = ["--arch", *ARMS, "--expansion", "16", "--tokens", "500000"]
     skipcoder.main()

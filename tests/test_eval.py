@@ -163,7 +163,8 @@ def test_a_page_of_a_run(evaluated):
         judged = scores[name]
         for i, (shown, about) in enumerate(zip(judged.latents, on_page)):
             latent, score, density, largest, same_token, contexts, promoted = about
-            places, acts = judged.active.places[latent], judged.active.acts[latent]
+            places = judged.active.places[latent]
+            acts = judged.active.acts[latent]
             assert latent == shown and score == judged.found[i].double().mean()
             assert density == pytest.approx(len(places) / report["tokens"])
             assert largest == acts.max()
@@ -186,7 +187,8 @@ def can_be_seen(word) -> bool:
 
 def check_contexts(contexts, active, acts, text, seen, tokenizer):
     """Check all that a page says of one latent, which is active at these indices of the text."""
-    width, n = seen.shape[1], len(active)
+    width = seen.shape[1]
+    n = len(active)
     digits = (acts / acts.max() * 9).ceil()
     digit_at = dict(zip(active.tolist(), digits.tolist()))
     ranks = [0, 1, 2, 3]
@@ -213,7 +215,8 @@ class Dense:
 
     def __init__(self, folder, device):
         lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-        self.lm, self.device = lm.eval().to(device), device
+        self.lm = lm.eval().to(device)
+        self.device = device
 
     @torch.no_grad()
     def __call__(self, tokens, y_hat=None, counted=None):
@@ -270,7 +273,8 @@ def by_hand(trained, tiny, device, monkeypatch):
     """
     config, coders = load_run(trained, device)
     args = argparse.Namespace(run=trained, tokens=6000, latents=20, seed=0, device=device)
-    args.dataset, args.subset = config["dataset"], None
+    args.dataset = config["dataset"]
+    args.subset = None
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     source = config["dataset"], None, tokenizer, 32, 32
     kept = torch.cat([*token_batches(*source, held_out=False)])
@@ -287,7 +291,8 @@ def by_hand(trained, tiny, device, monkeypatch):
 
     # Keep what the affine map is fitted on, and what contexts are judged by.
     seen = argparse.Namespace(training=[], judged=[])
-    fit, judge = evaluation.fit_affine, evaluation.intruder_found
+    fit = evaluation.fit_affine
+    judge = evaluation.intruder_found
 
     def fit_affine(patched, batches, *more):
         seen.training = list(batches)
@@ -323,14 +328,17 @@ def by_hand(trained, tiny, device, monkeypatch):
 
 def test_numbers_equal_a_dense_float64_computation(by_hand):
     """Every number of the report for the coders, the affine map and the ablations, anew."""
-    report, dense, held_out = by_hand.seen.report, by_hand.dense, by_hand.held_out
+    report = by_hand.seen.report
+    dense = by_hand.dense
+    held_out = by_hand.held_out
     limit = by_hand.config["max_norm"]
 
     # Which tokens count.
     clean, x_rows, y_rows, hidden = dense(held_out)
     counted = y_rows.norm(dim=-1) < limit  # [rows, 31]
     x, y = x_rows[counted], y_rows[counted]  # [n, d]
-    n, of_all = len(y), counted.numel()
+    n = len(y)
+    of_all = counted.numel()
     assert report["tokens"] == n < 0.96 * of_all
     tokens_read, places, scores, promotes, _ = by_hand.seen.shown
     assert torch.equal(tokens_read.flatten()[places], held_out[:, 1:][counted.cpu()])
@@ -370,7 +378,8 @@ def test_numbers_equal_a_dense_float64_computation(by_hand):
         top = evaluation.promoted(dense.lm, directions)
         assert (promotes[arch].cpu() != top.cpu()).double().mean() < 0.05  # near ties may differ
         for latent in scores[arch].latents:
-            tokens, acts = active.places[latent], active.acts[latent]
+            tokens = active.places[latent]
+            acts = active.acts[latent]
             fires = z[:, latent].nonzero().flatten().tolist()
             assert len(set(tokens.tolist()) ^ set(fires)) <= 1  # ties may fall either way
             assert_close(acts.double(), z[tokens, latent].cpu(), rtol=1e-2, atol=1e-3)
@@ -402,7 +411,8 @@ def test_numbers_equal_a_dense_float64_computation(by_hand):
     following = held_out[:, 2:, None].to(clean.device)
     predicting = counted[:128, :-1]
     assert not predicting.all()
-    ce, kl = {"clean": -clean.gather(-1, following).squeeze(-1)}, {}
+    ce = {"clean": -clean.gather(-1, following).squeeze(-1)}
+    kl = {}
     for name, y_hat in y_hats.items():
         log_p, *_ = dense(held_out, y_hat[:128], counted[:128])
         ce[name] = -log_p.gather(-1, following).squeeze(-1)
@@ -447,7 +457,9 @@ def test_untrained_coders(by_hand, name):
 
     # On training text, its pre-activations have mean zero. The biases say so.
     _, x, y = read(by_hand.seen.training)
-    W_enc, b_enc, y_mean = coder.W_enc.double(), coder.b_enc.double(), y.mean(0)
+    W_enc = coder.W_enc.double()
+    b_enc = coder.b_enc.double()
+    y_mean = y.mean(0)
     pre = F.linear(y - y_mean if arch == "sae" else x, W_enc, b_enc)
     assert pre.mean(0).abs().max() < 1e-3 * pre.std()
     assert_close(coder.b_dec.double(), y_mean, rtol=1e-3, atol=1e-5)
@@ -462,7 +474,8 @@ def test_untrained_coders(by_hand, name):
     places, latents, acts = map(torch.cat, zip(*entries))
     found = torch.zeros_like(z)
     found[places, latents] = acts.double()
-    fires, expected = found > 0, z > 0
+    fires = found > 0
+    expected = z > 0
     assert (fires != expected).sum() <= 10  # ties may fall either way
     both = fires & expected
     assert_close(found[both], z[both], rtol=1e-2, atol=1e-3)
@@ -612,7 +625,8 @@ def test_a_latent_that_is_active_on_every_occurrence_has_no_trials_of_the_same_t
     tokens = torch.randint(10, (2000,), generator=generator)
     hidden = torch.randn(2000, 8, generator=generator)
     half = torch.rand(2000, generator=generator) < 0.5
-    low, high = half & (tokens < 5), half & (tokens > 2)
+    low = half & (tokens < 5)
+    high = half & (tokens > 2)
     fires = [tokens == 0, low, tokens < 3, high, tokens == 9]
     entries = []
     for latent, of_latent in enumerate(fires):
@@ -714,7 +728,8 @@ def test_active_tokens():
     generator = torch.Generator().manual_seed(0)
     z = torch.rand(2000, 30, generator=generator)
     z *= torch.rand(2000, 30, generator=generator) < 0.05
-    entries, first = [], 0
+    entries = []
+    first = 0
     for part in z.split(1200):
         acts, indices = part.topk(12)
         entries.append(evaluation.active_entries(acts, indices, first))
@@ -725,7 +740,8 @@ def test_active_tokens():
     assert torch.equal(active.count, (z > 0).sum(0))
     assert torch.equal(active.density, (z > 0).double().mean(0))
     for j in range(30):
-        tokens, acts = active.places[j], active.acts[j]
+        tokens = active.places[j]
+        acts = active.acts[j]
         assert set(tokens.tolist()) == set(z[:, j].nonzero().flatten().tolist())
         assert_close(acts, z[tokens, j])
         assert (acts.diff() <= 0).all()
@@ -746,7 +762,10 @@ def test_latents_that_are_drawn_can_be_scored():
     assert sorted(order) == list(range(30)) != order
     dead, rare, enough, always = order[:4]  # they would be the first to be scored
     counts = [100] * 30
-    counts[dead], counts[rare], counts[enough], counts[always] = 0, 39, 40, 2000
+    counts[dead] = 0
+    counts[rare] = 39
+    counts[enough] = 40
+    counts[always] = 2000
     assert draw(10, counts) == [enough, *order[4:13]]
 
 
@@ -755,7 +774,8 @@ def test_promoted_tokens(tiny):
 
     And times the final norm's weight.
     """
-    lm, W = AutoModelForCausalLM.from_pretrained(tiny), torch.randn(7, 32)
+    lm = AutoModelForCausalLM.from_pretrained(tiny)
+    W = torch.randn(7, 32)
     norm = lm.transformer.ln_f
     norm.weight.data = torch.rand(32) + 0.5
     norm.bias.data = 100 * torch.randn(32)
@@ -797,7 +817,8 @@ def test_scores_are_compared_at_equal_ce_increase():
 
     # Both lines are straight there, so the mean is the score in the middle of the overlap. That
     # lies at these shares of the way from the lower to the higher point.
-    of_sae, of_transcoder = 0.25, 1 - math.log(2) / 2 / math.log(10)
+    of_sae = 0.25
+    of_transcoder = 1 - math.log(2) / 2 / math.log(10)
     variance = (of_sae * 0.01) ** 2 + ((1 - of_sae) * 0.05) ** 2
     variance += (of_transcoder * 0.02) ** 2 + ((1 - of_transcoder) * 0.04) ** 2
     assert error == pytest.approx(math.sqrt(variance), rel=0.1)
@@ -931,7 +952,8 @@ def llama(folder, tiny):
 @pytest.mark.parametrize("hookpoint", ["h.1.mlp", "layers.1.mlp"])
 def test_a_run_of_sparsify(trained, tiny, tmp_path, capsys, hookpoint):
     """Its folders need a config.json of six keys, written by hand. Names are free."""
-    run, kinds = tmp_path / "run", {"theirs": "sae", "t": "transcoder", "skip": "skip_transcoder"}
+    run = tmp_path / "run"
+    kinds = {"theirs": "sae", "t": "transcoder", "skip": "skip_transcoder"}
     folders = {"theirs": hookpoint, "t": f"t/{hookpoint}", "skip": f"skip/{hookpoint}"}
     for name, arch in kinds.items():
         tensors = load_file(trained / arch / FOLDER / "sae.safetensors")

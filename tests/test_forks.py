@@ -74,13 +74,6 @@ def test_each_fork_is_in_readme_and_tested():
     assert forks == in_readme == tested
 
 
-def test_the_fork_that_readme_shows(copies):
-    """Its lines are those of the file."""
-    shown = re.search(r"```diff\n(.*?)```", README, re.DOTALL)[1].splitlines()
-    lines = (ROOT / "tests/forks/batchtopk.diff").read_text(encoding="utf-8").splitlines()
-    assert shown == [line for line in lines if re.match("[-+] ", line)]
-
-
 class Forked:
     """A fork that was trained and evaluated."""
 

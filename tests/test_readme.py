@@ -1,10 +1,9 @@
-"""What the README says is so: its flags, its block of plain PyTorch, its commands."""
+"""What the README says is so: its flags, its snippets, its commands."""
 
 import json
 import re
 import runpy
 
-import torch
 from conftest import ROOT, run_here
 
 import eval as evaluation
@@ -42,7 +41,7 @@ def test_the_block_on_load_run(trained, tiny, tmp_path):
         "path/to/skipcoder": str(ROOT),
         "runs/gpt2-layer6": str(trained),
         '"gpt2"': repr(str(tiny)),
-        "h[6]": "h[1]",
+        "find_mlp(lm, 6)": "find_mlp(lm, 1)",
     }.items():
         assert theirs in code
         code = code.replace(theirs, ours)
@@ -56,20 +55,6 @@ def test_the_config_for_coders_of_sparsify():
     """tests/test_eval.py evaluates a run with such a config."""
     config = json.loads(block_after("eval.py measures coders that sparsify trained", "json"))
     assert set(config) == {"model", "layer", "dataset", "subset", "ctx_len", "coders"}
-
-
-def test_the_block_of_plain_pytorch_gives_our_y_hat(trained, tmp_path):
-    block = block_after("In plain PyTorch")
-    for arch in ("skip_transcoder", "transcoder"):
-        path = trained / arch / "h.1.mlp/sae.safetensors"
-        code = re.sub(r'"runs/[^"]*sae.safetensors"', repr(str(path)), block)
-        code = re.sub(r"topk\(\d+", "topk(4", code)
-        if arch == "transcoder":
-            code = code.replace(' + x @ p["W_skip"].T', "")
-        x, y = torch.randn(2, 20, 32)
-        names = run_block(code, tmp_path, x=x)
-        y_hat, _, _ = skipcoder.load_run(trained)[1][arch](x, y)
-        torch.testing.assert_close(names["y_hat"], y_hat)
 
 
 def test_commands_are_complete():
