@@ -798,7 +798,7 @@ AXES = {
 }
 
 # A picture is 440 pixels wide. These are the edges of its plot: baselines have their names beside.
-LEFT, RIGHT, BOTTOM = 46, 368, 282
+LEFT, RIGHT, BOTTOM = 46, 328, 282
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 440 326" width="440" height="326"
 role="img" fill="currentColor"><style>
 svg { color: #1b1b1f; background: #fdfdfc }

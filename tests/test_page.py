@@ -319,6 +319,8 @@ def test_points_lie_where_the_marks_put_them():
 def test_names_of_baselines_do_not_cover_one_another():
     names = baselines(draw(ROWS)[0])
     assert list(names) == ["chance", "neurons", "untrained", "untrained_sae"]
+    # A letter is up to 8 pixels wide, and the picture 440.
+    assert evaluation.RIGHT + 5 + 8 * max(map(len, names)) <= 440
     heights = [height for _, height in names.values()]
     assert all(low - high >= 14 for low, high in pairwise(heights))
 
