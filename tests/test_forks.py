@@ -1,6 +1,7 @@
 """Copies of the scripts that are changed: by tests/forks, and by bugs of whoever forks."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -63,7 +64,9 @@ def apply(name: str, copies):
     """As the README does it."""
     patch = f"tests/forks/{name}.diff"
     assert f"git apply {patch}" in README or f"`{name}`" in README
-    subprocess.run(["git", "apply", ROOT / patch], cwd=copies, check=True)
+    # The copies may lie in a folder of some other repository.
+    alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(copies.parent)}
+    subprocess.run(["git", "apply", ROOT / patch], cwd=copies, env=alone, check=True)
 
 
 def test_each_fork_is_in_readme_and_tested():
