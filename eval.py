@@ -9,32 +9,32 @@ It reads held-out documents, which training never saw. For each coder of the run
     L0, dead      active latents per token; latents that are never active on these tokens
     CE increase   CE(y_hat) - CE(clean), where CE(y_hat) is the cross-entropy of the LM's
                   predictions with y_hat in place of the MLP's output
-    CE recovered  1 - (CE(y_hat) - CE(clean)) / (CE(mean) - CE(clean)), where the mean of y
-                  replaces the MLP's output for CE(mean); CE(zero) is reported, too
+    CE recovered  1 - (CE(y_hat) - CE(clean)) / (CE(mean) - CE(clean)), where the mean of y in
+                  training text replaces the MLP's output for CE(mean); CE(zero) is reported, too
     KL            KL(clean || patched) of the next-token distributions
     intruder      a proxy of interpretability. Draw five tokens: a latent is active on four of
                   them, and silent on one, the intruder. Guess the one whose hidden state, after the
                   LM's final norm, is least like the others. The score is the share of guesses that
                   are right.
-    same token    the same, but the intruder's word is one on which the latent is active elsewhere
+    same token    the same, but the intruder is a word on which the latent is active elsewhere. (A
+                  word is an entry of the vocabulary, a token is a place in the text.)
 
 CE and KL are in nats per token. Baselines give these numbers a scale:
 
     FVU, CE, KL   the best affine map from x to y
     the scores    the MLP's own neurons, the k largest of each token; an untrained transcoder and an
-                  untrained autoencoder; "null", which is five random tokens
+                  untrained autoencoder; "null", which is five random tokens. (A run may hold coders
+                  of several k. Baselines have their median.)
 
 In a row of T tokens these positions count:
 
     position             0    1    2   ...   T-2   T-1
     x, y, latents             *    *   ...    *     *
-    predicts position         2    3   ...   T-1
+    what it predicts          2    3   ...   T-1
 
 LMs use position 0 as an attention sink, with huge activations that say nothing about the text.
 Outliers, tokens whose |y| is over the run's max_norm, do not count either. Where a token does not
 count, a patched LM keeps the MLP's own output.
-
-A run may hold coders of several architectures and of several k.
 """
 
 import argparse
@@ -156,8 +156,8 @@ def mean_and_error(values, counted):
     """Return the mean of the counted values and its standard error; both inputs are [rows, n].
 
     Tokens of one row depend on one another, so the error comes from the differences between rows.
-    The mean is the ratio sum_i s_i / sum_i n_i, where row i has n_i counted values of the sum s_i.
-    So by the delta method its error is that of the mean of s_i - mean * n_i, over the mean of n_i.
+    If row i has n_i counted values with the sum s_i, the mean is the ratio sum_i s_i / sum_i n_i.
+    By the delta method, its error is standard_error(s_i - mean * n_i) / mean(n_i).
     """
     sums = (values.double() * counted).sum(1)  # [rows]
     numbers = counted.double().sum(1)  # [rows]
@@ -194,8 +194,8 @@ def fit_affine(patched, batches, max_norm, device):
         products = products + batch.cpu().double()
     d = y.shape[1]
     xx, xy = products.split([d + 1, d], dim=1)
-    xx.diagonal().add_(1e-6 * xx.diagonal().mean())
-    A, b = torch.linalg.solve(xx, xy).split([d, 1])  # [d, d] and [1, d]
+    ridge = 1e-6 * xx.diagonal().mean() * torch.eye(d + 1, dtype=torch.float64)
+    A, b = torch.linalg.solve(xx + ridge, xy).split([d, 1])  # [d, d] and [1, d]
     x_sum, number, y_sum = products[d].split([d, 1, d])  # the products with 1
     results = A, b[0], x_sum / number, y_sum / number
     return [result.float().to(device) for result in results]
@@ -222,7 +222,8 @@ class Sample:
         self.y_all = Moments()  # of counted tokens and outliers
         self.errors = defaultdict(Moments)  # by name: y - y_hat of counted tokens
         self.errors_outliers = defaultdict(Moments)  # by name: y - y_hat of outliers
-        # By name and part: the error of "latents" or "skip" of a skip transcoder by itself.
+        # By name and part: the error of the "latents" of a skip transcoder without its skip
+        # connection, and of the "skip" connection without its latents.
         self.errors_alone = defaultdict(Moments)
 
 
@@ -260,7 +261,7 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
         return coded, y_hats
 
     for tokens in batches:
-        # The clean LM. It predicts until there are CE_TOKENS predictions.
+        # The clean LM. It predicts until there are CE_TOKENS predictions, counted or not.
         with_predictions = sum(map(torch.numel, sample.predictions_counted)) < CE_TOKENS
         tokens = tokens.to(device)
         log_p = patched(tokens, logits=with_predictions)
@@ -363,10 +364,9 @@ def intruder_weights(active, words, same_token):
     """Return the weight with which each of the n places is drawn as the intruder: [n].
 
     `active` are the places of one latent, and `words` [n] are the token ids at all places. Where
-    the latent is active the weight is 0. With `same_token`, it is also 0 at a word on which the
-    latent is never active. The silent places of any other word v share the weight active(v), the
-    number of places of v on which the latent is active. So all weights are 0 if the latent is
-    active on every occurrence of its words.
+    the latent is active the weight is 0, and elsewhere it is 1. With `same_token` it depends on the
+    word: if the latent is active on m places of a word, the other places of this word share the
+    weight m. All weights are 0 if the latent is active on all places of its words.
     """
     silent = torch.ones(len(words)).index_fill(0, active, 0)
     if not same_token:
@@ -439,7 +439,7 @@ def summary(found):
         scores.mean().item(),
         standard_error(scores),
         scores.std().item(),
-        # Trial t is about quintile t mod 5. (In the report's key, "quantile".)
+        # Trial t is about quintile t mod 5.
         [found[:, q::QUINTILES].double().mean().item() for q in range(QUINTILES)],
         (right.bincount(minlength=TRIALS + 1) / len(right)).tolist(),
     )
@@ -515,21 +515,22 @@ def evaluate(config, coders, args):
 
     # First stage: baselines from training text. With 200 tokens per dimension, overfitting of the
     # affine map costs about 1/200 of its FVU.
-    number = math.ceil(200 * d / rows / (ctx_len - 1))
-    training = tqdm(islice(training, number), "affine map", number, leave=False)
+    batches = math.ceil(200 * d / rows / (ctx_len - 1))
+    training = tqdm(islice(training, batches), "affine map", batches, leave=False)
     A, b, x_mean, y_mean = fit_affine(patched, training, max_norm, device)
     ks = sorted(coder.k for coder in coders.values())
     k = ks[len(ks) // 2]  # the median
     untrained = {}
     for name, arch in (("untrained", "transcoder"), ("untrained_sae", "sae")):
         untrained[name] = Coder(arch, d, M, k, args.seed + 1).to(device).requires_grad_(False)
-        # `start` sets the biases as in training. A batch of one token, the mean, is enough.
+        # `start` sets the biases as in training. It depends on the means of x and y alone, so we
+        # pass these as a batch of one token.
         untrained[name].start(x_mean[None], y_mean[None])
     baselines = {"A": A, "b": b, "y_mean": y_mean, "untrained": untrained, "k": k}
 
     # Second stage: one pass over held-out text.
-    number = math.ceil(args.tokens / rows / (ctx_len - 1))
-    held_out = tqdm(islice(held_out, number), "held-out text", number, leave=False)
+    batches = math.ceil(args.tokens / rows / (ctx_len - 1))
+    held_out = tqdm(islice(held_out, batches), "held-out text", batches, leave=False)
     sample = read_held_out(patched, held_out, coders, baselines, max_norm)
 
     # Third stage: intruder scores.
@@ -564,7 +565,8 @@ def evaluate(config, coders, args):
         row["l0"] = scores[name].active.density.sum().item()
         row["dead"] = (scores[name].active.count == 0).double().mean().item()
         report["coders"][name] = row | losses(sample, name) | scores[name].summary()
-    # A part by itself is given the best constant, so its unexplained variance is that of its error.
+    # A part by itself may add the best constant. Then what is left unexplained of y is the variance
+    # of its error.
     for (name, part), errors in sample.errors_alone.items():
         report["coders"][name][f"fvu_{part}_alone"] = errors.variance() / sample.y.variance()
     report["baselines"] = {"affine": losses(sample, "affine")}
@@ -678,9 +680,9 @@ def compare(report, arch, other):
 HOW_TO_READ = (
     "Lower is better for FVU (1: no better than the mean), CE increase and KL (nats per token)."
     " Higher is better for CE recovered (0%: as bad as the mean) and for the intruder score (chance"
-    " is 0.2, and null should be within 3 errors of it). The same token score is that where the"
-    " latent is active on the intruder's word elsewhere. ± is one standard error, over rows of text"
-    " or over latents."
+    " is 0.2, and null should be within 3 errors of it). For the same token score, the intruder is"
+    " a word on which the latent is active elsewhere. ± is one standard error, over rows of text or"
+    " over latents."
 )
 
 
