@@ -16,15 +16,15 @@ It reads held-out documents, which training never saw. For each coder of the run
                   them, and silent on one, the intruder. Guess the one whose hidden state, after the
                   LM's final norm, is least like the others. The score is the share of guesses that
                   are right.
-    same token    the same, but the intruder is a word on which the latent is active elsewhere. (A
-                  word is an entry of the vocabulary, a token is a place in the text.)
+    same token    the same, but the latent is active on other occurrences of the intruder's token.
+                  (The four need not be of this token.)
 
 CE and KL are in nats per token. Baselines give these numbers a scale:
 
     FVU, CE, KL   the best affine map from x to y
     the scores    the MLP's own neurons, the k largest of each token; an untrained transcoder and an
-                  untrained autoencoder; "null", which is five random tokens. (A run may hold coders
-                  of several k. Baselines have their median.)
+                  untrained autoencoder; "null", which is five random tokens. (If the coders have
+                  several k, these baselines have the median k.)
 
 In a row of T tokens these positions count:
 
@@ -93,8 +93,8 @@ class PatchedLM:
         # Llama.
         linears = [m for m in mlp.modules() if isinstance(m, (nn.Linear, Conv1D))]
         linears[-1].register_forward_pre_hook(self.at_neurons)
-        # Our head replaces the LM's. It works in float32, since logits in bfloat16 have steps of
-        # 0.1 nats, it computes the wanted positions only, and it keeps its input as self.hidden.
+        # Our head replaces the LM's. It works in float32, because logits in bfloat16 have steps of
+        # 0.1 nats. It computes only the wanted positions. And it keeps its input as self.hidden.
         head = lm.get_output_embeddings()
         self.weight = head.weight.float()
         self.bias = None if head.bias is None else head.bias.float()
@@ -129,7 +129,10 @@ class PatchedLM:
 
 
 class Moments:
-    """The number, sum and sum of squares of vectors, added up in float64 on the CPU."""
+    """The number, sum and sum of squares of vectors.
+
+    Within a batch they are added up in float32 on its device, over batches in float64 on the CPU.
+    """
 
     def __init__(self):
         self.number, self.total, self.squares = 0, 0, 0
@@ -196,7 +199,7 @@ def fit_affine(patched, batches, max_norm, device):
     xx, xy = products.split([d + 1, d], dim=1)
     ridge = 1e-6 * xx.diagonal().mean() * torch.eye(d + 1, dtype=torch.float64)
     A, b = torch.linalg.solve(xx + ridge, xy).split([d, 1])  # [d, d] and [1, d]
-    x_sum, number, y_sum = products[d].split([d, 1, d])  # the products with 1
+    x_sum, number, y_sum = products[d].split([d, 1, d])  # row d holds the products with 1
     results = A, b[0], x_sum / number, y_sum / number
     return [result.float().to(device) for result in results]
 
@@ -222,8 +225,8 @@ class Sample:
         self.y_all = Moments()  # of counted tokens and outliers
         self.errors = defaultdict(Moments)  # by name: y - y_hat of counted tokens
         self.errors_outliers = defaultdict(Moments)  # by name: y - y_hat of outliers
-        # By name and part: the error of the "latents" of a skip transcoder without its skip
-        # connection, and of the "skip" connection without its latents.
+        # For a skip transcoder, [name, "latents"] has y minus all of y_hat but W_skip x, and
+        # [name, "skip"] has y minus W_skip x.
         self.errors_alone = defaultdict(Moments)
 
 
@@ -289,7 +292,8 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
         for name, y_hat in y_hats.items():
             sample.errors[name].add(y - y_hat)
         for name, coder in coders.items():
-            # Only the variance of errors_alone will be used. So constants like b_dec do not matter.
+            # Only the variance of these errors is used. So the constant b_dec does not matter, which
+            # is in one of them.
             if coder.W_skip is not None:
                 skip = F.linear(x, coder.W_skip)
                 sample.errors_alone[name, "latents"].add(y - (y_hats[name] - skip))
@@ -363,10 +367,10 @@ class ActiveTokens:
 def intruder_weights(active, words, same_token):
     """Return the weight with which each of the n places is drawn as the intruder: [n].
 
-    `active` are the places of one latent, and `words` [n] are the token ids at all places. Where
-    the latent is active the weight is 0, and elsewhere it is 1. With `same_token` it depends on the
-    word: if the latent is active on m places of a word, the other places of this word share the
-    weight m. All weights are 0 if the latent is active on all places of its words.
+    `active` are the places of one latent, and `words` [n] are the token ids at all places. All
+    silent places have the same weight, or with `same_token` that of their word: a word is drawn as
+    often as the latent is active on it, and then one of its silent places. All weights are 0 if the
+    words of the latent have no silent places.
     """
     silent = torch.ones(len(words)).index_fill(0, active, 0)
     if not same_token:
@@ -380,12 +384,12 @@ def intruder_weights(active, words, same_token):
 def intruder_trials(places, words, generator, same_token=False):
     """Draw 10 trials for each latent: four places where it is active, and last the intruder.
 
-    This is intruder detection (Paulo & Belrose 2025, arXiv 2507.08473), with no second language
-    model, neither to explain a latent nor to judge. If a latent stands for one thing, the contexts
-    on which it is active resemble one another, and one on which it is silent stands out. `places`
-    has a tensor for each latent, sorted by act, which is cut into quintiles. Trial t draws four
-    places of quintile t mod 5, where 0 has the largest acts. The intruder is drawn with
-    `intruder_weights`.
+    This is intruder detection (Paulo & Belrose 2025, arXiv 2507.08473), but nobody explains the
+    latent, and the judge is the LM under study (see `intruder_found`). If a latent stands for one
+    thing, the contexts on which it is active resemble one another, and one on which it is silent
+    stands out. `places` has a tensor for each latent, sorted by act, which is cut into quintiles.
+    Trial t draws four places of quintile t mod 5, where 0 has the largest acts. The intruder is
+    drawn with `intruder_weights`.
 
     Return int [latents, 10, 5], and which latents have trials: bool [latents]. The others, which
     have no possible intruder, have zeros.
@@ -411,11 +415,12 @@ def intruder_found(trials, hidden, mean):
 
     The judge is the LM under study. Each context is represented by the LM's last hidden state at
     its place (hidden [n, d]), minus the mean over the sample. The guess is the context with the
-    smallest sum of cosine similarities to the five. (Each is 1 to itself, so this favours none.)
+    smallest sum of cosine similarities to the five. (The similarity of each to itself, 1, is in
+    all sums.)
     """
     states = F.normalize(hidden[trials].float() - mean, dim=-1)  # [latents, 10, 5, d]
     similarity = states @ states.mT  # [latents, 10, 5, 5]
-    return similarity.sum(-1).argmin(-1) == SHOWN
+    return similarity.sum(-1).argmin(-1) == SHOWN  # the intruder is the last
 
 
 def summary(found):
@@ -523,8 +528,8 @@ def evaluate(config, coders, args):
     untrained = {}
     for name, arch in (("untrained", "transcoder"), ("untrained_sae", "sae")):
         untrained[name] = Coder(arch, d, M, k, args.seed + 1).to(device).requires_grad_(False)
-        # `start` sets the biases as in training. It depends on the means of x and y alone, so we
-        # pass these as a batch of one token.
+        # Coder.start sets the biases as in training. It needs only the means of x and y, so they
+        # are the batch.
         untrained[name].start(x_mean[None], y_mean[None])
     baselines = {"A": A, "b": b, "y_mean": y_mean, "untrained": untrained, "k": k}
 
@@ -565,8 +570,7 @@ def evaluate(config, coders, args):
         row["l0"] = scores[name].active.density.sum().item()
         row["dead"] = (scores[name].active.count == 0).double().mean().item()
         report["coders"][name] = row | losses(sample, name) | scores[name].summary()
-    # A part by itself may add the best constant. Then what is left unexplained of y is the variance
-    # of its error.
+    # A part is judged up to a constant: its FVU is the variance of its error over that of y.
     for (name, part), errors in sample.errors_alone.items():
         report["coders"][name][f"fvu_{part}_alone"] = errors.variance() / sample.y.variance()
     report["baselines"] = {"affine": losses(sample, "affine")}
@@ -663,10 +667,10 @@ def compare(report, arch, other):
     if low >= high:
         return []
     at, random = np.linspace(low, high, 101), np.random.default_rng(0)
-    means = []  # of each curve, 1,001 means: first of the scores as they are, then with noise
+    means = []  # two curves, 1,001 means each: the first without noise, the others with it
     for x, score, error in lines:
         noisy = score + error * random.standard_normal((1000, len(x)))
-        interpolated = [np.interp(at, x, scores) for scores in (score, *noisy)]
+        interpolated = [np.interp(at, x, curve) for curve in (score, *noisy)]
         means.append(np.mean(interpolated, axis=1))
     differences = np.subtract(*means)
     difference, error = differences[0], differences[1:].std()
@@ -680,9 +684,9 @@ def compare(report, arch, other):
 HOW_TO_READ = (
     "Lower is better for FVU (1: no better than the mean), CE increase and KL (nats per token)."
     " Higher is better for CE recovered (0%: as bad as the mean) and for the intruder score (chance"
-    " is 0.2, and null should be within 3 errors of it). For the same token score, the intruder is"
-    " a word on which the latent is active elsewhere. ± is one standard error, over rows of text or"
-    " over latents."
+    " is 0.2, and null should be within 3 errors of it). For the same token score, the latent is"
+    " active on other occurrences of the intruder's token. ± is one standard error, over rows of"
+    " text or over latents."
 )
 
 
@@ -747,7 +751,7 @@ def main():
     flag("--device", default="auto", help="cpu, cuda, mps, ... (default: the accelerator)")
     flag("--dataset", help="data set to evaluate on (default: the run's)")
     flag("--subset", help="configuration of that data set (default: the run's)")
-    args = skipcoder.parse(parser)
+    args = skipcoder.parse(parser)  # turns --device into a torch.device
     args.tokens = math.ceil(args.tokens)
     config, coders = skipcoder.load_run(args.run, args.device)
     if args.dataset is None:

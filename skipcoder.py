@@ -68,7 +68,7 @@ class Arch(NamedTuple):
     reads: str  # what the encoder reads: "x", the MLP's input, or "y", its output
     color: str  # in the pictures of eval.py
     marker: str  # in these pictures, too: "circle", "square", "triangle" or "diamond"
-    unit_rows: bool = False  # whether W_dec starts as W_enc, and its rows always have length 1
+    unit_rows: bool = False  # whether W_dec starts as W_enc, and what a latent writes has length 1
     skip: bool = False  # whether W_skip x is added to the prediction
 
 
@@ -145,7 +145,7 @@ class Coder(nn.Module):
 
 BETAS = (0.9, 0.98)  # of Adam; the usual 0.999 averages over 1,000 steps, half of a short run
 DEAD = 0.02  # a latent is dead once it has been silent for this share of all training steps
-WAKE = 0.03  # a dead latent's bias rises by this per step, in units of the pre-activations
+WAKE = 0.03  # a dead latent's bias rises by this per step, times the pre-activations' deviation
 
 # torchrun starts several processes, and each trains on its own part of the text.
 RANK = int(os.environ.get("RANK", "0"))  # the number of this process
@@ -169,10 +169,10 @@ class Trainer:
 
         # Adam changes every number by about lr per step, however large its gradient is. So we
         # scale lr: for a bias by its typical size, for a matrix by the size of its output over the
-        # size of its input. (Its entries are smaller, by a factor of d^(1/2) that is left to lr.)
-        # Let s_x, s_y and s_z be the standard deviations of the entries of x, of y and of the
-        # pre-activations. As the rows of W_enc have length 1 at first, s_z is about s_x or s_y,
-        # whichever the encoder reads.
+        # size of its input. (Its entries are smaller than that by d^(1/2). This is so for all
+        # matrices, so the default of lr makes up for it.) Let s_x, s_y and s_z be the standard
+        # deviations of the entries of x, of y and of the pre-activations. As the rows of W_enc have
+        # length 1 at first, s_z is about s_x or s_y, whichever the encoder reads.
         s_x, s_y = (a.var(0, correction=0).mean().sqrt().item() for a in (x, y))
         self.s_z = s_z = s_x if coder.reads == "x" else s_y
         size = {
@@ -386,9 +386,9 @@ def token_batches(dataset, subset, tokenizer, ctx_len, rows, held_out=False, see
     # Divide the sources into a group for each reader of each process. (A group is packed as one
     # text, since a file may be shorter than a row.) One core per process is left for training.
     readers = max(1, min(len(sources) // WORLD, os.cpu_count() // WORLD - 1))
-    number = min(len(sources), readers * WORLD)
+    num_groups = min(len(sources), readers * WORLD)
     kwargs = {"held_out": held_out, "tokenizer": tokenizer, "ctx_len": ctx_len}
-    kwargs["groups"] = [sources[i::number] for i in range(number)]
+    kwargs["groups"] = [sources[i::num_groups] for i in range(num_groups)]
     # `datasets` deals out the items of a list to the readers.
     stream = datasets.IterableDataset.from_generator(stream_rows, gen_kwargs=kwargs)
     if endless:
@@ -409,19 +409,20 @@ def token_batches(dataset, subset, tokenizer, ctx_len, rows, held_out=False, see
         pending = torch.empty(0, ctx_len, dtype=torch.int64)  # rows that do not fill a batch yet
         epochs = count() if endless else [0]
         for epoch in epochs:
-            stream.set_epoch(epoch)  # for a new order; `datasets` shares it with the readers
-            number = 0
+            # For a new order. (The epoch is in memory that `datasets` shares with the readers.)
+            stream.set_epoch(epoch)
+            num_rows = 0
             for batch in loader:  # each reader's last one may be short
-                number += len(batch["tokens"])
+                num_rows += len(batch["tokens"])
                 pending = torch.cat([pending, batch["tokens"]])
                 while len(pending) >= rows:
                     yield pending[:rows]
                     pending = pending[rows:]
-            if number == 0:
+            if num_rows == 0:
                 side = "held-out" if held_out else "training"
                 raise DataError(f"too little text, its {side} documents have no {ctx_len} tokens")
             if endless and epoch == 0 and RANK == 0:
-                size = number * ctx_len * WORLD
+                size = num_rows * ctx_len * WORLD
                 tqdm.write(f"--dataset {dataset} is repeated: it has {size:,} tokens")
         if len(pending) > 0:
             yield pending
@@ -536,7 +537,7 @@ def train(args):
     finally:
         # Save what was trained, whatever ended the loop.
         bar.close()
-        # DataLoader raises when a reader ends. That would interrupt the saving.
+        # DataLoader's handler raises if a reader was killed. That would interrupt the saving.
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if RANK == 0 and config["tokens_trained"] > 0 and finite:
@@ -627,7 +628,8 @@ class TopKEncoder(torch.autograd.Function):
 
         # The gradient of row j of W_enc is a weighted sum of `read` over the tokens that use
         # latent j. So we sort the N * k pairs (token, latent) by latent. The pairs of latent j
-        # then start at first[j], and embedding_bag adds up the rows of `read` for each latent.
+        # then start at first[j], and embedding_bag adds up the rows of `read` for each latent. (A
+        # latent without pairs gets zero.)
         latent, order = indices.flatten().sort()
         first = torch.searchsorted(latent, torch.arange(len(W_enc), device=latent.device))  # [M]
         token = order // k  # pair i belongs to token i // k
@@ -849,7 +851,7 @@ def write(path, content, flag):
 
 # ---- Errors: one line about what a user can get wrong ---------------------------------------
 
-MODEL_HINT = "pass a name on the hub, or a local folder, such as one of tests/tiny_gpt2.py"
+MODEL_HINT = "pass a name on the hub, or a local folder, as written by tests/tiny_gpt2.py"
 DATA_HINT = "pass a name on the hub, or a file or folder of .parquet, .jsonl, .json or .txt"
 LIBRARY_ERRORS = (OSError, ValueError, KeyError, EOFError, ImportError, zlib.error, SafetensorError)
 

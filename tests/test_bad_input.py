@@ -235,7 +235,9 @@ def test_a_missing_flag():
 
 def test_a_model_of_the_hub_offline(train_fails):
     line = train_fails("--model", "no/such")
-    assert re.match("error: --model no/such: .* local folder, such as .* tests/tiny_gpt2.py", line)
+    assert re.match(
+        "error: --model no/such: .* local folder, as written by tests/tiny_gpt2.py", line
+    )
 
 
 def test_a_data_set_of_the_hub_offline(tiny, tmp_path):
