@@ -292,8 +292,8 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
         for name, y_hat in y_hats.items():
             sample.errors[name].add(y - y_hat)
         for name, coder in coders.items():
-            # Only the variance of these errors is used. So the constant b_dec does not matter, which
-            # is in one of them.
+            # Of these errors only the variance is used. So it does not matter that one of them
+            # holds the constant b_dec.
             if coder.W_skip is not None:
                 skip = F.linear(x, coder.W_skip)
                 sample.errors_alone[name, "latents"].add(y - (y_hats[name] - skip))
