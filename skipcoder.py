@@ -236,6 +236,10 @@ class Trainer:
         """Return which latents are dead: bool [M]."""
         return self.silent >= self.dead_after
 
+    def is_finite(self):
+        """Return whether the errors since the last `pop_fvu` are finite."""
+        return bool(self.sums.isfinite().all())
+
     def pop_fvu(self):
         """Return the FVU of all batches since the last call.
 
@@ -498,7 +502,7 @@ def train(args):
 
     # The training loop.
     asked_to_stop, stopped = stop_on_signals(), False
-    log, finite, logged_at, saved_at = [], True, time.monotonic(), time.monotonic()
+    log, logged_at, saved_at = [], time.monotonic(), time.monotonic()
     bar = tqdm(total=steps * step_tokens, unit="tok", unit_scale=True, disable=RANK > 0)
     try:
         for step, tokens in zip(range(1, steps + 1), batches):
@@ -518,11 +522,11 @@ def train(args):
             now = time.monotonic()
             if RANK > 0 or (now < logged_at + LOG_EVERY and step < steps):
                 continue
+            if not all(trainer.is_finite() for trainer in trainers.values()):
+                # (When this process exits, torchrun ends the others.)
+                sys.exit(f"error: --lr {args.lr:g}: the loss is not finite any more, lower it")
             fvu = {name: trainer.pop_fvu() for name, trainer in trainers.items()}
             dead = {name: t.dead().float().mean().item() for name, t in trainers.items()}
-            finite = all(map(math.isfinite, fvu.values()))
-            if not finite:  # torchrun ends the other processes when this one exits
-                sys.exit(f"error: --lr {args.lr:g}: the loss is not finite any more, lower it")
             done, logged = config["tokens_trained"], log[-1]["tokens"] if log else 0
             speed = round((done - logged) / (now - logged_at))
             log.append({"tokens": done, "tokens_per_s": speed, "fvu": fvu, "dead": dead})
@@ -535,11 +539,12 @@ def train(args):
                 save_run(config, coders)
                 saved_at = now
     finally:
-        # Save what was trained, whatever ended the loop.
+        # Save what was trained, whatever ended the loop, unless it is not finite.
         bar.close()
         # DataLoader's handler raises if a reader was killed. That would interrupt the saving.
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        finite = all(trainer.is_finite() for trainer in trainers.values())
         if RANK == 0 and config["tokens_trained"] > 0 and finite:
             save_run(config, coders)
             print(f"saved after {config['tokens_trained']:,} tokens")

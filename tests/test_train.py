@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -392,6 +393,19 @@ def test_an_error_of_any_kind_in_the_middle_saves_what_was_trained(tiny, tmp_pat
     config, coders = load_run(out)
     assert config["tokens_trained"] == 3 * 16 * 31
     assert list(coders) == ["sae"]
+
+
+def test_what_is_not_finite_is_not_saved_between_logs_either(tiny, tmp_path, monkeypatch):
+    def diverge():
+        calls[0].sums.fill_(math.nan)
+        raise RuntimeError("interrupted")
+
+    monkeypatch.setattr(skipcoder, "LOG_EVERY", 1e9)
+    calls = stop_in_step(monkeypatch, 4, diverge)
+    out = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="interrupted"):
+        run_here(skipcoder, *flags(tiny, out, "--arch", "sae"))
+    assert not (out / "config.json").exists()
 
 
 WHOLE = "".join(
