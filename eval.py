@@ -805,6 +805,7 @@ AXES = {
 
 # A picture is 440 pixels wide. These are the edges of its plot: baselines have their names beside.
 LEFT, RIGHT, BOTTOM = 46, 328, 282
+LABEL = (14, 12), (14, -12), (-14, -12), (-14, 12)  # where k stands, for each architecture
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 440 326" width="440" height="326"
 role="img" fill="currentColor"><style>
 svg { color: #1b1b1f; background: #fdfdfc }
@@ -847,15 +848,6 @@ def axis(numbers, start, end):
         marks = marks[::3]
     pixels = (end - start) / (high - low)
     return lambda number: round(start + pixels * (scale(number) - low), 1), marks
-
-
-def free_spot(x, y, taken):
-    """Return the spot around a marker with the fewest markers and labels near it."""
-
-    def crowd(spot):
-        return sum(abs(spot[0] - a) < 14 and abs(spot[1] - b) < 12 for a, b in taken)
-
-    return min([(x + dx, y + dy) for dy in (-12, 12, 0) for dx in (14, -14, 0)], key=crowd)
 
 
 def chart(report, x, y):
@@ -903,7 +895,7 @@ def chart(report, x, y):
         ]
 
     # For each architecture its name, a line, and markers. Pointing at one shows its numbers.
-    taken, labels = [(x_at(row[x]), y_at(row[y])) for row in rows], []
+    labels = []
     for i, arch in enumerate(archs):
         color, marker = ARCHS[arch].color, MARKERS[ARCHS[arch].marker]
         left, height = 12 + 138 * (i % 3), 11 + 18 * (i // 3)
@@ -922,9 +914,8 @@ def chart(report, x, y):
                     f'<path d="M{px} {y_at(row["low"])}V{y_at(row["high"])}"/>',
                     f'<path transform="translate({px} {py})" d="{marker}"/></g>',
                 ]
-                spot = free_spot(px, py, taken)
-                taken.append(spot)
-                labels.append(svg_text(*spot, row["k"], "middle"))
+                right, down = LABEL[i % 4]
+                labels.append(svg_text(px + right, py + down, row["k"], "middle"))
         out.append(f'<path fill="none" stroke-width="1.5" d="M{"L".join(line)}"/></g>')
     return "".join([*out, '<g class="k">', *labels, "</g></svg>"])
 
@@ -1009,7 +1000,7 @@ def page(report, tokens, where, scores, promotes, tokenizer):
     best = max(rows, key=lambda name: rows[name]["intruder"] or 0)
     data = {"text": list(numbers), "coders": coders, "sizes": sizes, "best": best}
     pictures = [chart(report, x, "intruder") for x in ("ce_increase", "kl")]
-    if len({row["k"] for row in rows.values()}) > 1:
+    if len(report["run"]["k"]) > 1:
         pictures.append(chart(report, "l0", "fvu"))
     parts = {
         # No text of a document may end the script that holds it.

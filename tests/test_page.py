@@ -131,7 +131,7 @@ RUN = {
 def made_up(rows) -> dict:
     """A report on coders, from the (arch, k, CE increase, score) of each."""
     report = {
-        "run": RUN,
+        "run": RUN | {"k": sorted({k for _, k, _, _ in rows})},
         "tokens": 10,
         "outliers": {"tokens": 0.0, "variance": 0.0},
         "clean_ce": 1.0,
