@@ -454,13 +454,15 @@ def summary(found):
 class Scores:
     """The third stage for one coder: its latents to score, drawn at random, and their trials."""
 
-    def __init__(self, entries, num_latents, words, hidden, wanted, seed):
-        """Judge up to `wanted` latents by token ids `words` [n] and last hidden states [n, d]."""
+    def __init__(self, entries, num_latents, words, hidden, mean, wanted, seed):
+        """Judge up to `wanted` latents, by token ids `words` [n].
+
+        `hidden` [n, d] are the last hidden states, and `mean` [d] is their mean.
+        """
         generator = torch.Generator().manual_seed(seed)  # so no coder depends on the others
         self.active = ActiveTokens(entries, num_latents, len(words))
         self.latents = self.active.draw(wanted, generator)
         places = [self.active.places[j] for j in self.latents]
-        mean = hidden.float().mean(0)
         trials, _ = intruder_trials(places, words, generator)
         self.found = intruder_found(trials, hidden, mean)  # bool [latents, 10]
         trials, self.has_same_token = intruder_trials(places, words, generator, same_token=True)
@@ -541,14 +543,15 @@ def evaluate(config, coders, args):
     # Third stage: intruder scores.
     tokens, counted = torch.cat(sample.tokens), torch.cat(sample.counted)  # [all rows, T] each
     words, hidden = tokens[counted], torch.cat(sample.hidden)  # [n] and [n, d]
+    mean = hidden.float().mean(0)
     sizes = {name: len(coder.W_dec) for name, coder in (coders | untrained).items()}
     sizes["neurons"] = patched.neurons.shape[-1]
     scores = {}
     for name, entries in tqdm(sample.active.items(), "intruder trials", leave=False):
-        scores[name] = Scores(entries, sizes[name], words, hidden, args.latents, args.seed)
+        scores[name] = Scores(entries, sizes[name], words, hidden, mean, args.latents, args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    null_trials = torch.randint(len(hidden), (args.latents, TRIALS, 5), generator=generator)
-    null = intruder_found(null_trials, hidden, hidden.float().mean(0))
+    shape = args.latents, TRIALS, SHOWN + 1
+    null = intruder_found(torch.randint(len(hidden), shape, generator=generator), hidden, mean)
 
     # The report.
     run = {key: config.get(key) for key in IN_REPORT}

@@ -211,7 +211,8 @@ class Trainer:
         act_sums = torch.zeros_like(coder.b_enc)  # [M]
         act_sums.index_add_(0, indices.flatten(), acts.detach().flatten())
         if WORLD > 1:
-            for tensor in (sums, act_sums, *(p.grad for p in coder.parameters())):
+            gradients = [p.grad for p in coder.parameters() if p.requires_grad]
+            for tensor in (sums, act_sums, *gradients):
                 torch.distributed.all_reduce(tensor)
         self.sums += sums
 
@@ -620,14 +621,14 @@ class TopKEncoder(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, read, W_enc, b_enc, k):
-        pre, indices = topk(F.linear(read, W_enc, b_enc), k)
+        top, indices = topk(F.linear(read, W_enc, b_enc), k)  # [N, k] each
         ctx.save_for_backward(read, W_enc, indices)
         ctx.mark_non_differentiable(indices)
-        return pre.to(W_enc.dtype), indices  # the matmul may have run in bfloat16
+        return top.to(W_enc.dtype), indices  # the matmul may have run in bfloat16
 
     @staticmethod
     def backward(ctx, grad, _):
-        """grad [N, k] is the gradient of the pre-activations."""
+        """grad [N, k] is the gradient of the k largest pre-activations."""
         read, W_enc, indices = ctx.saved_tensors
         k = indices.shape[1]
 
@@ -765,7 +766,7 @@ def tell_what_is_read(path, tokenizer, ctx_len):
         )
 
 
-# ---- Files of a run ----------------------------------------------------------------------------
+# ---- Files of a run -------------------------------------------------------------------------
 
 FILE_NAMES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}  # as in EleutherAI's sparsify
 

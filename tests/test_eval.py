@@ -483,7 +483,8 @@ def test_untrained_coders(by_hand, name):
     # The row of the report is about these latents.
     tokens = by_hand.held_out[:, 1:][counted]
     hidden = torch.cat(by_hand.seen.sample.hidden)
-    scores = evaluation.Scores(entries, 256, tokens, hidden, wanted=20, seed=0)
+    mean = hidden.float().mean(0)
+    scores = evaluation.Scores(entries, 256, tokens, hidden, mean, wanted=20, seed=0)
     assert by_hand.seen.report["baselines"][name] == scores.summary()
 
 
@@ -633,7 +634,8 @@ def test_a_latent_that_is_active_on_every_occurrence_has_no_trials_of_the_same_t
         places = of_latent.nonzero().flatten()
         acts = torch.ones(len(places))
         entries.append((places, torch.full_like(places, latent), acts))
-    scores = evaluation.Scores(entries, 5, tokens, hidden, wanted=5, seed=0)
+    mean = hidden.float().mean(0)
+    scores = evaluation.Scores(entries, 5, tokens, hidden, mean, wanted=5, seed=0)
     assert sorted(scores.latents) == [0, 1, 2, 3, 4]
     has_some = [latent in (1, 3) for latent in scores.latents]
     assert scores.has_same_token.tolist() == has_some
@@ -648,7 +650,7 @@ def test_a_latent_that_is_active_on_every_occurrence_has_no_trials_of_the_same_t
 
     # Where it is so for all but one, there is no score, as with one latent.
     of_one = [entry for latent, entry in enumerate(entries) if latent != 3]
-    row = evaluation.Scores(of_one, 5, tokens, hidden, wanted=5, seed=0).summary()
+    row = evaluation.Scores(of_one, 5, tokens, hidden, mean, wanted=5, seed=0).summary()
     assert row["latents_scored"] == 4 and row["latents_same_token"] == 1
     assert row["intruder_same_token"] is row["intruder_same_token_se"] is None
     assert row["intruder"] is not None
@@ -676,7 +678,8 @@ def scores_in_context(share, types) -> tuple:
     places = fires.nonzero().flatten()
     acts = torch.rand(len(places), generator=generator)
     entries = [(places, kind[places] // types, acts)]
-    scores = evaluation.Scores(entries, 256 // types, kind, hidden, wanted=256, seed=0)
+    mean = hidden.float().mean(0)
+    scores = evaluation.Scores(entries, 256 // types, kind, hidden, mean, wanted=256, seed=0)
     row = scores.summary()
     assert row["latents_scored"] == row["latents_same_token"] == 256 // types
     return row["intruder"], row["intruder_same_token"]

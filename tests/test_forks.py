@@ -111,6 +111,12 @@ class Forked:
         _, acts, _ = self.coders[name](x, y)
         return (acts > 0).sum(1)
 
+    def assert_number_of_active_latents_is_free(self, tiny):
+        """It differs between tokens, and is more than k at some."""
+        for name in ARCHS:
+            active = self.active(name, tiny)
+            assert active.unique().numel() > 5 and active.max() > 4
+
 
 def test_a_fourth_architecture(copies, load, tiny, tmp_path):
     apply("fourth_architecture", copies)
@@ -135,9 +141,8 @@ def test_relu(copies, load, tiny, tmp_path, capfd):
     apply("relu_l1", copies)
     forked = Forked(load, tiny, tmp_path / "run")
     forked.assert_trained("relu")
+    forked.assert_number_of_active_latents_is_free(tiny)
     for name in ARCHS:
-        active = forked.active(name, tiny)
-        assert active.unique().numel() > 5 and active.max() > 4
         assert forked.report["coders"][name]["l0"] > 5
     # The scripts as they are refuse it.
     message = run_here(evaluation, forked.out)
@@ -148,9 +153,8 @@ def test_jumprelu(copies, load, tiny, tmp_path):
     apply("jumprelu", copies)
     forked = Forked(load, tiny, tmp_path / "run")
     forked.assert_trained("jumprelu")
+    forked.assert_number_of_active_latents_is_free(tiny)
     for name, coder in forked.coders.items():
-        active = forked.active(name, tiny)
-        assert active.unique().numel() > 5 and active.max() > 4
         tensors = load_file(forked.out / name / FOLDER / "sae.safetensors")
         assert tensors["threshold"].shape == (256,)
         assert tensors["threshold"].abs().max() > 1e-3, "it has learned"
@@ -161,16 +165,15 @@ def test_gated(copies, load, tiny, tmp_path):
     apply("gated", copies)
     forked = Forked(load, tiny, tmp_path / "run")
     forked.assert_trained("gated")
+    forked.assert_number_of_active_latents_is_free(tiny)
     for name in ARCHS:
-        active = forked.active(name, tiny)
-        assert active.unique().numel() > 5 and active.max() > 4
         tensors = load_file(forked.out / name / FOLDER / "sae.safetensors")
         for parameter in ("log_scale", "b_magnitude"):
             assert tensors[parameter].shape == (256,)
             assert tensors[parameter].abs().max() > 1e-3, "it has learned"
 
 
-def test_the_loss_of_gated(copies, load, tiny, monkeypatch):
+def test_the_loss_of_gated(copies, load):
     """With gradients of the gate alone from the second prediction, whose decoder is fixed."""
     apply("gated", copies)
     module, _ = load()
@@ -215,6 +218,20 @@ def test_a_frozen_encoder(copies, load, tiny, tmp_path):
         start = forked.skipcoder.Coder(coder.arch, 32, 256, 4)
         assert torch.equal(coder.W_enc, start.W_enc)
         assert not torch.equal(coder.W_dec, start.W_dec)
+
+
+def test_a_frozen_encoder_under_torchrun(copies, load, monkeypatch):
+    """What has no gradient is not added up over processes."""
+    apply("frozen_encoder", copies)
+    module, _ = load()
+    summed = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: summed.append(tensor.shape))
+    module.WORLD = 2
+    x, y = torch.randn(2, 50, 8)
+    trainer = module.Trainer(module.Coder("transcoder", 8, 32, 4), x, y, 0.01, 1e9)
+    trainer.step(x, y, 1)
+    # The errors, the acts, and the gradients of b_enc, W_dec and b_dec.
+    assert summed == [(2,), (32,), (32,), (32, 8), (8,)]
 
 
 def test_batchtopk(copies, load, tiny, tmp_path):
