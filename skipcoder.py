@@ -36,7 +36,6 @@ import math
 import os
 import random
 import signal
-import socket
 import sys
 import time
 import zlib
@@ -45,8 +44,6 @@ from glob import glob
 from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import datasets.distributed
 import huggingface_hub.constants
@@ -369,20 +366,15 @@ def pack(texts, tokenizer, ctx_len):
         tokens = tokens[whole:]
 
 
-def stream_rows(groups, held_out, tokenizer, ctx_len):
-    """Yield the packed rows of each group of sources."""
+def pack_groups(groups, held_out, tokenizer, ctx_len):
+    """Yield the packed rows of each group of sources, as `datasets` wants them."""
     for sources in groups:
         for row in pack(documents(sources, held_out), tokenizer, ctx_len):
             yield {"tokens": row}
 
 
-def token_batches(dataset, subset, tokenizer, ctx_len, rows, held_out=False, seed=None):
-    """Return an iterator over batches of tokens [rows, ctx_len], which reader processes prepare.
-
-    For training, pass a seed: rows are then shuffled, text is repeated for ever in a new order
-    each time, and each process under torchrun gets its own. Without a seed, the last batch may be
-    shorter.
-    """
+def token_rows(dataset, subset, tokenizer, ctx_len, batch_size, held_out, seed):
+    """Yield the rows of a data set, which reader processes pack. See `token_batches`."""
     endless = seed is not None
     sources = find_sources(dataset, subset)
     if endless:
@@ -395,7 +387,7 @@ def token_batches(dataset, subset, tokenizer, ctx_len, rows, held_out=False, see
     kwargs = {"held_out": held_out, "tokenizer": tokenizer, "ctx_len": ctx_len}
     kwargs["groups"] = [sources[i::num_groups] for i in range(num_groups)]
     # `datasets` deals out the items of a list to the readers.
-    stream = datasets.IterableDataset.from_generator(stream_rows, gen_kwargs=kwargs)
+    stream = datasets.IterableDataset.from_generator(pack_groups, gen_kwargs=kwargs)
     if endless:
         stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
         # This gives each process its own groups if their number is a multiple of WORLD. If not,
@@ -403,36 +395,38 @@ def token_batches(dataset, subset, tokenizer, ctx_len, rows, held_out=False, see
         stream = datasets.distributed.split_dataset_by_node(stream, RANK, WORLD)
     loader = torch.utils.data.DataLoader(
         stream,
-        batch_size=rows,
+        batch_size=batch_size,  # many rows pass from process to process as fast as one
         num_workers=readers,
         prefetch_factor=16,
         persistent_workers=endless,
         worker_init_fn=ignore_signals,
     )
 
-    def batches():
-        pending = torch.empty(0, ctx_len, dtype=torch.int64)  # rows that do not fill a batch yet
-        epochs = count() if endless else [0]
-        for epoch in epochs:
-            # For a new order. (The epoch is in memory that `datasets` shares with the readers.)
-            stream.set_epoch(epoch)
-            num_rows = 0
-            for batch in loader:  # each reader's last one may be short
-                num_rows += len(batch["tokens"])
-                pending = torch.cat([pending, batch["tokens"]])
-                while len(pending) >= rows:
-                    yield pending[:rows]
-                    pending = pending[rows:]
-            if num_rows == 0:
-                side = "held-out" if held_out else "training"
-                raise DataError(f"too little text, its {side} documents have no {ctx_len} tokens")
-            if endless and epoch == 0 and RANK == 0:
-                size = num_rows * ctx_len * WORLD
-                tqdm.write(f"--dataset {dataset} is repeated: it has {size:,} tokens")
-        if len(pending) > 0:
-            yield pending
+    for epoch in count() if endless else [0]:
+        # For a new order. (The epoch is in memory that `datasets` shares with the readers.)
+        stream.set_epoch(epoch)
+        num_rows = 0
+        for batch in loader:
+            num_rows += len(batch["tokens"])
+            yield from batch["tokens"]
+        if num_rows == 0:
+            side = "held-out" if held_out else "training"
+            raise DataError(f"too little text, its {side} documents have no {ctx_len} tokens")
+        if endless and epoch == 0 and RANK == 0:
+            size = num_rows * ctx_len * WORLD
+            tqdm.write(f"--dataset {dataset} is repeated: it has {size:,} tokens")
 
-    return batches()
+
+def token_batches(dataset, subset, tokenizer, ctx_len, batch_size, held_out=False, seed=None):
+    """Yield batches of tokens [batch_size, ctx_len].
+
+    For training, pass a seed: rows are then shuffled, text is repeated for ever in a new order
+    each time, and each process under torchrun gets its own. Without a seed, the last batch may be
+    shorter.
+    """
+    rows = token_rows(dataset, subset, tokenizer, ctx_len, batch_size, held_out, seed)
+    while batch := list(islice(rows, batch_size)):
+        yield torch.stack(batch)
 
 
 def ignore_signals(_reader):
@@ -911,14 +905,14 @@ def pick_device(name):
 
 
 def check_hub(dataset):
-    """Exit if the hub cannot be reached. (Its own library would try for half a minute.)"""
-    hub = urlsplit(huggingface_hub.constants.ENDPOINT)
-    if huggingface_hub.constants.HF_HUB_OFFLINE or getproxies():
+    """Exit if the hub cannot be reached. (`datasets` would try for half a minute.)"""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:  # the data set may be in the cache
         return
-    hint = "without it: run tests/tiny_gpt2.py, and pass --model runs/tiny-gpt2"
+    hint = "without the hub: run tests/tiny_gpt2.py, and pass --model runs/tiny-gpt2"
     hint += " --dataset runs/tiny-gpt2/text.jsonl"
-    with exit_on_error(f"--dataset {dataset}: no {hub.hostname}", hint):
-        socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
+    # Versions of huggingface_hub differ in the HTTP library that they use, and so in its errors.
+    with exit_on_error(f"--dataset {dataset}", hint, errors=Exception):
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
 
 
 def parse(parser):
