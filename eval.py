@@ -16,21 +16,21 @@ It reads held-out documents, which training never saw. For each coder of the run
                   them, and silent on one, the intruder. Guess the one whose hidden state, after the
                   LM's final norm, is least like the others. The score is the share of guesses that
                   are right.
-    same token    the same, but the latent is active on other occurrences of the intruder's token.
-                  (The four need not be of this token.)
+    same token    a harder version: the intruder is a token on which the latent is active elsewhere.
+                  So it is not enough to know on which tokens the latent is active.
 
 CE and KL are in nats per token. Baselines give these numbers a scale:
 
-    FVU, CE, KL   the best affine map from x to y
+    FVU, CE, KL   the best affine map from x to y: how far one gets without latents
     the scores    the MLP's own neurons, the k largest of each token; an untrained transcoder and an
-                  untrained autoencoder; "null", which is five random tokens. (If the coders have
-                  several k, these baselines have the median k.)
+                  untrained autoencoder, for what random directions score; "null", five random
+                  tokens, for chance. (If the coders have several k, these have the median k.)
 
 In a row of T tokens these positions count:
 
-    position             0    1    2   ...   T-2   T-1
-    x, y, latents             *    *   ...    *     *
-    what it predicts          2    3   ...   T-1
+    position                 0    1    2   ...   T-2   T-1
+    x, y, latents                 *    *   ...    *     *
+    predicts position             2    3   ...   T-1
 
 LMs use position 0 as an attention sink, with huge activations that say nothing about the text.
 Outliers, tokens whose |y| is over the run's max_norm, do not count either. Where a token does not
@@ -65,12 +65,11 @@ CE_TOKENS = 20_000  # CE and KL use only about so many tokens, as each coder nee
 TRIALS = 10  # intruder trials per latent
 QUINTILES = 5  # each trial draws from one fifth of the latent's active tokens, sorted by act
 SHOWN = 4  # tokens of a trial on which the latent is active; one more is the intruder
-MIN_ACTIVE = 40  # a latent is scored if it is active on at least so many tokens, 8 in each quintile
+MIN_ACTIVE = 40  # a latent is scored if it is active on at least so many tokens: 8 in a quintile
 
 # What the report repeats of config.json.
 IN_REPORT = (
     "model",
-    "hookpoint",
     "layer",
     "seed",
     "dataset",
@@ -120,8 +119,8 @@ class PatchedLM:
         They predict positions 2 to T - 1. If y_hat [rows, T, d] is given, it replaces the MLP's
         output. With logits=False nothing is predicted, but x, y, neurons and hidden are set.
         """
-        self.y_hat = y_hat
-        self.positions = PREDICTING if logits else slice(0)  # slice(0) is none of them
+        self.y_hat = y_hat  # for the hook at the MLP
+        self.positions = PREDICTING if logits else slice(0)  # for the head; slice(0) is none
         return self.lm(tokens, use_cache=False).logits.log_softmax(-1)
 
 
@@ -160,7 +159,7 @@ def mean_and_error(values, counted):
 
     Tokens of one row depend on one another, so the error comes from the differences between rows.
     If row i has n_i counted values with the sum s_i, the mean is the ratio sum_i s_i / sum_i n_i.
-    By the delta method, its error is standard_error(s_i - mean * n_i) / mean(n_i).
+    By the delta method, its error is the standard error of (s_i - mean * n_i) / mean(n_i).
     """
     sums = (values.double() * counted).sum(1)  # [rows]
     numbers = counted.double().sum(1)  # [rows]
@@ -198,9 +197,10 @@ def fit_affine(patched, batches, max_norm, device):
     d = y.shape[1]
     xx, xy = products.split([d + 1, d], dim=1)
     ridge = 1e-6 * xx.diagonal().mean() * torch.eye(d + 1, dtype=torch.float64)
-    A, b = torch.linalg.solve(xx + ridge, xy).split([d, 1])  # [d, d] and [1, d]
-    x_sum, number, y_sum = products[d].split([d, 1, d])  # row d holds the products with 1
-    results = A, b[0], x_sum / number, y_sum / number
+    solution = torch.linalg.solve(xx + ridge, xy)  # [d + 1, d]: A, and b as the last row
+    # The last row of products is of 1 with (x, 1, y).
+    x_sum, number, y_sum = products[d].split([d, 1, d])
+    results = solution[:d], solution[d], x_sum / number, y_sum / number
     return [result.float().to(device) for result in results]
 
 
@@ -225,8 +225,8 @@ class Sample:
         self.y_all = Moments()  # of counted tokens and outliers
         self.errors = defaultdict(Moments)  # by name: y - y_hat of counted tokens
         self.errors_outliers = defaultdict(Moments)  # by name: y - y_hat of outliers
-        # For a skip transcoder, [name, "latents"] has y minus all of y_hat but W_skip x, and
-        # [name, "skip"] has y minus W_skip x.
+        # For a skip transcoder, the error of each part of y_hat alone: [name, "skip"] has
+        # y - W_skip x, and [name, "latents"] has y - (y_hat - W_skip x).
         self.errors_alone = defaultdict(Moments)
 
 
@@ -253,9 +253,8 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
 
     def predict(x, y):
         """Return the outputs of each coder, and y_hat of the coders and baselines, by name."""
-        # Coders get both x and y, since the autoencoder reads y and the transcoders read x. Their
-        # large matmuls run in bfloat16 where that is fast, but y_hat and acts are float32.
-        with torch.autocast(device.type, torch.bfloat16, enabled=skipcoder.fast_bfloat16(device)):
+        # Coders get both x and y, since the autoencoder reads y and the transcoders read x.
+        with skipcoder.fast_matmuls(device):
             coded = {name: coder(x, y) for name, coder in coders.items()}
         y_hats = {name: y_hat for name, (y_hat, _, _) in coded.items()}
         y_hats["affine"] = x @ A + b
@@ -279,21 +278,22 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
         # The active latents of the coders and of untrained ones, and the top neurons.
         coded, y_hats = predict(x, y)
         entries = {name: (acts, indices) for name, (_, acts, indices) in coded.items()}
-        entries |= {name: coder.encode(x, y) for name, coder in untrained.items()}
+        with skipcoder.fast_matmuls(device):
+            entries |= {name: coder.encode(x, y) for name, coder in untrained.items()}
         neurons = patched.neurons[counted]  # [n, number of neurons]
         entries["neurons"] = neurons.topk(min(k, neurons.shape[1]))
         for name, (acts, indices) in entries.items():
             sample.active[name].append(active_entries(acts, indices, first_place))
 
-        # The errors. The mean of the training text is subtracted from y for precision alone: this
-        # changes no variance, and sums of smaller numbers lose fewer digits.
+        # The variance of y, and the errors. The mean of the training text is subtracted from y for
+        # precision alone: this changes no variance, and sums of smaller numbers lose fewer digits.
         sample.y.add(y - y_mean)
         sample.y_all.add(y - y_mean)
         for name, y_hat in y_hats.items():
             sample.errors[name].add(y - y_hat)
         for name, coder in coders.items():
-            # Of these errors only the variance is used. So it does not matter that one of them
-            # holds the constant b_dec.
+            # (The constant b_dec goes to the part of the latents. It could as well go to the other:
+            # only the variance of these errors is used.)
             if coder.W_skip is not None:
                 skip = F.linear(x, coder.W_skip)
                 sample.errors_alone[name, "latents"].add(y - (y_hats[name] - skip))
@@ -367,10 +367,10 @@ class ActiveTokens:
 def intruder_weights(active, words, same_token):
     """Return the weight with which each of the n places is drawn as the intruder: [n].
 
-    `active` are the places of one latent, and `words` [n] are the token ids at all places. All
-    silent places have the same weight, or with `same_token` that of their word: a word is drawn as
-    often as the latent is active on it, and then one of its silent places. All weights are 0 if the
-    words of the latent have no silent places.
+    `active` are the places of one latent, and `words` [n] are the token ids at all places. Only
+    silent places have a weight. With `same_token` it is a / s, if the latent is active on a other
+    places of the same word, and silent on s of its places. So a word is drawn in proportion to a,
+    and then one of its silent places. All weights are 0 if no word has both kinds of places.
     """
     silent = torch.ones(len(words)).index_fill(0, active, 0)
     if not same_token:
@@ -384,12 +384,11 @@ def intruder_weights(active, words, same_token):
 def intruder_trials(places, words, generator, same_token=False):
     """Draw 10 trials for each latent: four places where it is active, and last the intruder.
 
-    This is intruder detection (Paulo & Belrose 2025, arXiv 2507.08473), but nobody explains the
-    latent, and the judge is the LM under study (see `intruder_found`). If a latent stands for one
+    This is intruder detection (Paulo & Belrose 2025, arXiv 2507.08473): if a latent stands for one
     thing, the contexts on which it is active resemble one another, and one on which it is silent
-    stands out. `places` has a tensor for each latent, sorted by act, which is cut into quintiles.
-    Trial t draws four places of quintile t mod 5, where 0 has the largest acts. The intruder is
-    drawn with `intruder_weights`.
+    stands out. Here the judge is the LM under study (see `intruder_found`). `places` has a tensor
+    for each latent, sorted by act, which is cut into quintiles. Trial t draws four places of
+    quintile t mod 5, where 0 has the largest acts, and the intruder with `intruder_weights`.
 
     Return int [latents, 10, 5], and which latents have trials: bool [latents]. The others, which
     have no possible intruder, have zeros.
@@ -459,7 +458,8 @@ class Scores:
 
         `hidden` [n, d] are the last hidden states, and `mean` [d] is their mean.
         """
-        generator = torch.Generator().manual_seed(seed)  # so no coder depends on the others
+        # Each coder has a generator: what is drawn does not depend on which others there are.
+        generator = torch.Generator().manual_seed(seed)
         self.active = ActiveTokens(entries, num_latents, len(words))
         self.latents = self.active.draw(wanted, generator)
         places = [self.active.places[j] for j in self.latents]
@@ -468,8 +468,8 @@ class Scores:
         trials, self.has_same_token = intruder_trials(places, words, generator, same_token=True)
         self.found_same_token = intruder_found(trials, hidden, mean)
 
-    def summary(self):
-        """Return the numbers of the report."""
+    def row(self):
+        """Return the numbers for the report."""
         same_token = summary(self.found_same_token[self.has_same_token])
         return summary(self.found) | {
             "intruder_same_token": same_token["intruder"],
@@ -529,9 +529,10 @@ def evaluate(config, coders, args):
     k = ks[len(ks) // 2]  # the median
     untrained = {}
     for name, arch in (("untrained", "transcoder"), ("untrained_sae", "sae")):
-        untrained[name] = Coder(arch, d, M, k, args.seed + 1).to(device).requires_grad_(False)
-        # Coder.start sets the biases as in training. It needs only the means of x and y, so they
-        # are the batch.
+        # The seed differs from that of training, where a coder of this kind started.
+        seed = (config.get("seed") or 0) + 1
+        untrained[name] = Coder(arch, d, M, k, seed).to(device).requires_grad_(False)
+        # Set the biases as in training. A batch of one token will do, since only its mean is used.
         untrained[name].start(x_mean[None], y_mean[None])
     baselines = {"A": A, "b": b, "y_mean": y_mean, "untrained": untrained, "k": k}
 
@@ -572,13 +573,13 @@ def evaluate(config, coders, args):
         row = {"arch": coder.arch, "k": coder.k}
         row["l0"] = scores[name].active.density.sum().item()
         row["dead"] = (scores[name].active.count == 0).double().mean().item()
-        report["coders"][name] = row | losses(sample, name) | scores[name].summary()
+        report["coders"][name] = row | losses(sample, name) | scores[name].row()
     # A part is judged up to a constant: its FVU is the variance of its error over that of y.
     for (name, part), errors in sample.errors_alone.items():
         report["coders"][name][f"fvu_{part}_alone"] = errors.variance() / sample.y.variance()
     report["baselines"] = {"affine": losses(sample, "affine")}
     for name in ("neurons", *untrained):
-        report["baselines"][name] = scores[name].summary()
+        report["baselines"][name] = scores[name].row()
     report["baselines"]["null"] = summary(null)
 
     # What the page needs: the tokens that scored latents promote, and where in the flattened
@@ -647,20 +648,20 @@ def markdown(cells):
 
 
 def score_curve(report, arch):
-    """Return log CE increase, score and its error of the coders of an architecture, sorted."""
+    """Return log CE increase, score and its error of an architecture's n coders, [3, n], sorted."""
     rows = [row for row in report["coders"].values() if row["arch"] == arch]
     rows = [row for row in rows if row["intruder"] is not None and row["ce_increase"] > 0]
     points = sorted((math.log(r["ce_increase"]), r["intruder"], r["intruder_se"]) for r in rows)
-    return tuple(np.array(points).reshape(-1, 3).T)  # also if there are none
+    return np.array(points).reshape(-1, 3).T
 
 
 def compare(report, arch, other):
-    """Return a sentence on the scores of two architectures at equal CE increase.
+    """Return a list with a sentence on the scores of two architectures at equal CE increase.
 
     Each k of an architecture gives a point, (log CE increase, score), and lines between neighbours
     make a curve. Where both curves exist, take the mean of their difference. Its error comes from
     1,000 repetitions with normal noise of the size of the scores' own errors. If the curves do not
-    overlap, there is no sentence.
+    overlap, the list is empty.
     """
     lines = [score_curve(report, name) for name in (arch, other)]
     if not all(len(x) for x, _, _ in lines):
@@ -698,7 +699,7 @@ def remarks(report):
     run, rows = report["run"], report["coders"] | report["baselines"]
     ks = " ".join(map(str, run["k"]))
     about = f"{run['hookpoint']} of {run['model']}: M {run['num_latents']:,}, k {ks}"
-    if run["tokens_trained"]:
+    if run["tokens_trained"]:  # not known of coders that another library trained
         about += f", seed {run['seed']}, {run['tokens_trained']:,} tokens of {run['dataset']}"
     where = f"{report['tokens']:,} held-out tokens. Cross-entropy is {report['clean_ce']:.4f} nats"
     where += f" per token, {report['mean_ablated_ce']:.4f} with the mean of y in the MLP's place,"
@@ -768,8 +769,8 @@ def main():
         ):
             path.open("a").close()
 
-    hint = skipcoder.DATA_HINT
-    with skipcoder.exit_on_error(f"--dataset {args.dataset}", hint, skipcoder.DataError):
+    hint, errors = skipcoder.DATA_HINT, skipcoder.DataError
+    with skipcoder.exit_on_error(f"--dataset {args.dataset}", hint, errors):
         report, for_page = evaluate(config, coders, args)
     for name, path in outputs.items():
         if name == "--json":

@@ -13,9 +13,9 @@ its output:
     skip_transcoder  z = TopK(W_enc x + b_enc)              y_hat = W_dec z + W_skip x + b_dec
 
 x and y have d entries, and z has one entry for each of the M latents. TopK sets all but the k
-largest entries to 0, and then negative ones, too (a ReLU). The autoencoder shows what the MLP's
-output is made of. The transcoders imitate what the MLP computes. All three predict y, and training
-minimises the fraction of the variance of y that is left unexplained:
+largest entries to 0, and a ReLU then does the same to negative ones. The autoencoder shows what the
+MLP's output is made of. The transcoders imitate what the MLP computes. All three predict y, and
+training minimises the fraction of the variance of y that is left unexplained:
 
     FVU = sum |y - y_hat|^2 / sum |y - mean(y)|^2
 
@@ -65,7 +65,7 @@ class Arch(NamedTuple):
     reads: str  # what the encoder reads: "x", the MLP's input, or "y", its output
     color: str  # in the pictures of eval.py
     marker: str  # in these pictures, too: "circle", "square", "triangle" or "diamond"
-    unit_rows: bool = False  # whether W_dec starts as W_enc, and what a latent writes has length 1
+    unit_rows: bool = False  # whether W_dec starts as W_enc, and keeps rows of length 1
     skip: bool = False  # whether W_skip x is added to the prediction
 
 
@@ -142,7 +142,7 @@ class Coder(nn.Module):
 
 BETAS = (0.9, 0.98)  # of Adam; the usual 0.999 averages over 1,000 steps, half of a short run
 DEAD = 0.02  # a latent is dead once it has been silent for this share of all training steps
-WAKE = 0.03  # a dead latent's bias rises by this per step, times the pre-activations' deviation
+WAKE = 0.03  # a dead latent's bias rises per step by this share of s_z (see `Trainer`)
 
 # torchrun starts several processes, and each trains on its own part of the text.
 RANK = int(os.environ.get("RANK", "0"))  # the number of this process
@@ -156,6 +156,11 @@ def fast_bfloat16(device):
     return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
+def fast_matmuls(device):
+    """Return a context in which matmuls run in bfloat16 if that is fast. Sums stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device))
+
+
 class Trainer:
     """A coder, its optimizer, and how long each latent has been silent."""
 
@@ -165,11 +170,11 @@ class Trainer:
         coder.start(x, y)
 
         # Adam changes every number by about lr per step, however large its gradient is. So we
-        # scale lr: for a bias by its typical size, for a matrix by the size of its output over the
-        # size of its input. (Its entries are smaller than that by d^(1/2). This is so for all
-        # matrices, so the default of lr makes up for it.) Let s_x, s_y and s_z be the standard
-        # deviations of the entries of x, of y and of the pre-activations. As the rows of W_enc have
-        # length 1 at first, s_z is about s_x or s_y, whichever the encoder reads.
+        # multiply lr by the natural size of each parameter: for a bias, the size of what it is
+        # added to; for a matrix, the size of its output over the size of its input. These sizes
+        # are standard deviations: s_x and s_y those of the entries of x and y, and s_z that of the
+        # pre-activations. As the rows of W_enc have length 1 at first, s_z is about s_x or s_y,
+        # whichever the encoder reads.
         s_x, s_y = (a.var(0, correction=0).mean().sqrt().item() for a in (x, y))
         self.s_z = s_z = s_x if coder.reads == "x" else s_y
         size = {
@@ -184,14 +189,15 @@ class Trainer:
 
         M = len(coder.W_enc)
         self.silent = torch.zeros(M, device=x.device)  # steps since each latent was last active
-        self.sums = torch.zeros(2, device=x.device)  # squared error and variance since `pop_fvu`
+        # The squared error and the variance of all batches since FVU was last logged.
+        self.sums = torch.zeros(2, device=x.device)
 
     def step(self, x, y, lr_factor: float):
         """Make one Adam step on a batch x, y [N, d], with the learning rate lr * lr_factor."""
         coder = self.coder
 
-        # 1. Predict y. The large matmuls run in bfloat16 where that is fast; results are float32.
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=fast_bfloat16(x.device)):
+        # 1. Predict y.
+        with fast_matmuls(x.device):
             y_hat, acts, indices = coder(x, y)
 
         # 2. The loss is the FVU of this batch.
@@ -208,6 +214,7 @@ class Trainer:
         act_sums = torch.zeros_like(coder.b_enc)  # [M]
         act_sums.index_add_(0, indices.flatten(), acts.detach().flatten())
         if WORLD > 1:
+            # A fork may have parameters that are not trained, so without a gradient.
             gradients = [p.grad for p in coder.parameters() if p.requires_grad]
             for tensor in (sums, act_sums, *gradients):
                 torch.distributed.all_reduce(tensor)
@@ -224,8 +231,8 @@ class Trainer:
         if coder.unit_rows:
             coder.W_dec.data /= coder.W_dec.data.norm(dim=1, keepdim=True)
 
-        # 5. Raise the biases of dead latents until they are active again. The raises shrink with
-        #    the learning rate. Without them up to a third of the latents die. (Bias adaptation,
+        # 5. Raise the biases of dead latents until they are active again, by less and less as the
+        #    learning rate falls. Without this up to a third of the latents die. (Bias adaptation,
         #    arXiv 2506.14002, is related.)
         self.silent = torch.where(act_sums > 0, 0, self.silent + 1)
         coder.b_enc.data += WAKE * self.s_z * lr_factor * self.dead()
@@ -239,10 +246,7 @@ class Trainer:
         return bool(self.sums.isfinite().all())
 
     def pop_fvu(self):
-        """Return the FVU of all batches since the last call.
-
-        The variance of each batch is about its own mean.
-        """
+        """Return the FVU of all batches since the last call."""
         squared_error, variance = self.sums.tolist()
         self.sums.zero_()
         return squared_error / variance
@@ -279,11 +283,12 @@ def find_mlp(lm, layer: int):
 
     The hookpoint is the MLP's name under the base model, such as "h.6.mlp" in GPT-2.
     """
+    # The blocks are the first list in the text decoder. (The LM may also have a vision tower.)
     blocks = next((m for m in lm.get_decoder().modules() if isinstance(m, nn.ModuleList)), [])
     if not 0 <= layer < len(blocks):
         sys.exit(f"error: --layer {layer}: the model has blocks 0 to {len(blocks) - 1}")
     mlp = getattr(blocks[layer], "mlp", None)
-    parts = str(mlp).lower()  # the names and classes of its submodules
+    parts = str(mlp).lower()  # lists the names and classes of its submodules
     if mlp is None or "expert" in parts or "router" in parts:
         sys.exit(f"error: --layer {layer}: {type(blocks[layer]).__name__} has no dense .mlp")
     hookpoint = next(name for name, m in lm.base_model.named_modules() if m is mlp)
@@ -329,7 +334,7 @@ class MLPActivations:
 # ---- Text: documents -> one side of the split -> packed rows -> shuffled -> batches ----------
 
 LONGEST = 100_000  # characters; longer documents are cut before they are tokenised
-SHUFFLE_ROWS = 2048  # rows are drawn from a pool of this size; without it FVU is .108, not .092
+SHUFFLE_ROWS = 2048  # rows are drawn from a pool of this size: it takes FVU from .108 to .092
 
 
 def is_held_out(text):
@@ -351,7 +356,7 @@ def pack(texts, tokenizer, ctx_len):
     """Join texts by EOS and cut them into rows, int64 [ctx_len]; drop the unfinished last row.
 
     Each row begins with BOS, or with EOS if the tokenizer has no BOS, because LMs are trained to
-    find it there. Position 0 is not used anyway, so this costs nothing.
+    find it there. Coders do not use position 0 anyway, so no token of text is lost.
     """
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     bos = eos if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -384,14 +389,14 @@ def token_rows(dataset, subset, tokenizer, ctx_len, batch_size, held_out, seed):
     # text, since a file may be shorter than a row.) One core per process is left for training.
     readers = max(1, min(len(sources) // WORLD, os.cpu_count() // WORLD - 1))
     num_groups = min(len(sources), readers * WORLD)
-    kwargs = {"held_out": held_out, "tokenizer": tokenizer, "ctx_len": ctx_len}
-    kwargs["groups"] = [sources[i::num_groups] for i in range(num_groups)]
-    # `datasets` deals out the items of a list to the readers.
+    groups = [sources[i::num_groups] for i in range(num_groups)]
+    # `datasets` deals out the items of the only list here, the groups, to the readers.
+    kwargs = {"groups": groups, "held_out": held_out, "tokenizer": tokenizer, "ctx_len": ctx_len}
     stream = datasets.IterableDataset.from_generator(pack_groups, gen_kwargs=kwargs)
     if endless:
         stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
-        # This gives each process its own groups if their number is a multiple of WORLD. If not,
-        # each process reads all of them and keeps one row in WORLD.
+        # Each process gets its own groups. If there are fewer sources than processes, each process
+        # reads all of them and keeps one row in WORLD.
         stream = datasets.distributed.split_dataset_by_node(stream, RANK, WORLD)
     loader = torch.utils.data.DataLoader(
         stream,
@@ -627,9 +632,9 @@ class TopKEncoder(torch.autograd.Function):
         k = indices.shape[1]
 
         # The gradient of row j of W_enc is a weighted sum of `read` over the tokens that use
-        # latent j. So we sort the N * k pairs (token, latent) by latent. The pairs of latent j
-        # then start at first[j], and embedding_bag adds up the rows of `read` for each latent. (A
-        # latent without pairs gets zero.)
+        # latent j. So we sort the N * k pairs (token, latent) by latent; those of latent j then
+        # start at first[j]. For embedding_bag, `read` is the table, and latent j is a bag that
+        # holds its tokens. (The sum of an empty bag is zero.)
         latent, order = indices.flatten().sort()
         first = torch.searchsorted(latent, torch.arange(len(W_enc), device=latent.device))  # [M]
         token = order // k  # pair i belongs to token i // k
@@ -734,8 +739,10 @@ def read_texts(sources):
             for number, record in enumerate(read_records(source)):
                 text = record
                 if isinstance(record, dict):
-                    # A record may have no text, but if the first has none, the column is missing.
-                    text = record["text"] if number == 0 else record.get("text")
+                    # A record may have no text. But if the first has none, none will.
+                    if number == 0 and "text" not in record:
+                        raise ValueError("there is no column 'text'")
+                    text = record.get("text")
                 if isinstance(text, str):
                     # JSON may hold half a surrogate pair, which tokenizers refuse: write "?".
                     yield text.encode("utf-8", "replace").decode()
@@ -743,8 +750,7 @@ def read_texts(sources):
                     raise ValueError(f"a text is of type {type(text).__name__}, not a string")
         except LIBRARY_ERRORS as error:
             name = source.name if isinstance(source, Path) else "the hub"
-            missing = "there is no column " if isinstance(error, KeyError) else ""
-            raise DataError(f"{name}: {missing}{error}") from None
+            raise DataError(f"{name}: {error}") from None
 
 
 def tell_what_is_read(path, tokenizer, ctx_len):
@@ -941,6 +947,7 @@ def main():
         "--k", type=at_least(1), nargs="+", default=[32], help="active latents; a coder for each k"
     )
     flag("--tokens", type=at_least(1, float), default=5e7, help="default 50 million")
+    # (A row needs BOS and two tokens, so that the first of these predicts something.)
     flag("--ctx-len", type=at_least(3), help="tokens in a row (default 256, or the LM's limit)")
     flag("--batch-size", type=at_least(1), help="rows per step (default: see README, Recipe)")
     flag("--lr", type=at_least(1e-9, float), help="of Adam (default: see README, Recipe)")

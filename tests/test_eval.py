@@ -485,7 +485,7 @@ def test_untrained_coders(by_hand, name):
     hidden = torch.cat(by_hand.seen.sample.hidden)
     mean = hidden.float().mean(0)
     scores = evaluation.Scores(entries, 256, tokens, hidden, mean, wanted=20, seed=0)
-    assert by_hand.seen.report["baselines"][name] == scores.summary()
+    assert by_hand.seen.report["baselines"][name] == scores.row()
 
 
 def test_a_coder_is_evaluated_alone_as_beside_others(by_hand):
@@ -640,7 +640,7 @@ def test_a_latent_that_is_active_on_every_occurrence_has_no_trials_of_the_same_t
     has_some = [latent in (1, 3) for latent in scores.latents]
     assert scores.has_same_token.tolist() == has_some
 
-    row = scores.summary()
+    row = scores.row()
     assert row["latents_scored"] == 5 and row["latents_same_token"] == 2
     assert row["intruder"] == pytest.approx(scores.found.double().mean().item())
     kept = scores.found_same_token[has_some].double().mean(1)
@@ -650,7 +650,7 @@ def test_a_latent_that_is_active_on_every_occurrence_has_no_trials_of_the_same_t
 
     # Where it is so for all but one, there is no score, as with one latent.
     of_one = [entry for latent, entry in enumerate(entries) if latent != 3]
-    row = evaluation.Scores(of_one, 5, tokens, hidden, mean, wanted=5, seed=0).summary()
+    row = evaluation.Scores(of_one, 5, tokens, hidden, mean, wanted=5, seed=0).row()
     assert row["latents_scored"] == 4 and row["latents_same_token"] == 1
     assert row["intruder_same_token"] is row["intruder_same_token_se"] is None
     assert row["intruder"] is not None
@@ -680,7 +680,7 @@ def scores_in_context(share, types) -> tuple:
     entries = [(places, kind[places] // types, acts)]
     mean = hidden.float().mean(0)
     scores = evaluation.Scores(entries, 256 // types, kind, hidden, mean, wanted=256, seed=0)
-    row = scores.summary()
+    row = scores.row()
     assert row["latents_scored"] == row["latents_same_token"] == 256 // types
     return row["intruder"], row["intruder_same_token"]
 
