@@ -12,19 +12,20 @@ It reads held-out documents, which training never saw. For each coder of the run
     CE recovered  1 - (CE(y_hat) - CE(clean)) / (CE(mean) - CE(clean)), where the mean of y in
                   training text replaces the MLP's output for CE(mean); CE(zero) is reported, too
     KL            KL(clean || patched) of the next-token distributions
-    intruder      a proxy of interpretability. Draw five tokens: a latent is active on four of
-                  them, and silent on one, the intruder. Guess the one whose hidden state, after the
-                  LM's final norm, is least like the others. The score is the share of guesses that
-                  are right.
-    same token    a harder version: the intruder is a token on which the latent is active elsewhere.
-                  So it is not enough to know on which tokens the latent is active.
+    intruder      a proxy of interpretability. Draw five places in the text: a latent is active at
+                  four of them, and silent at one, the intruder. Guess the one whose hidden state,
+                  after the LM's final norm, is least like the others. The score is the share of
+                  guesses that are right.
+    same token    a harder version: at the intruder's place stands a token on which the latent is
+                  active at other places. So it is not enough to compare tokens.
 
 CE and KL are in nats per token. Baselines give these numbers a scale:
 
     FVU, CE, KL   the best affine map from x to y: how far one gets without latents
     the scores    the MLP's own neurons, the k largest of each token; an untrained transcoder and an
                   untrained autoencoder, for what random directions score; "null", five random
-                  tokens, for chance. (If the coders have several k, these have the median k.)
+                  places, for chance. (If a run has coders of several k, neurons and untrained
+                  coders have the median k.)
 
 In a row of T tokens these positions count:
 
@@ -33,8 +34,8 @@ In a row of T tokens these positions count:
     predicts position             2    3   ...   T-1
 
 LMs use position 0 as an attention sink, with huge activations that say nothing about the text.
-Outliers, tokens whose |y| is over the run's max_norm, do not count either. Where a token does not
-count, a patched LM keeps the MLP's own output.
+Outliers, tokens whose |y| is over the max_norm that training wrote to config.json, do not count
+either. Where a token does not count, a patched LM keeps the MLP's own output.
 """
 
 import argparse
@@ -181,8 +182,9 @@ def fit_affine(patched, batches, max_norm, device):
     """Return the best affine map from x to y, and the means of x and y.
 
     It is the least-squares solution A [d, d], b [d] of y = x A + b over all counted tokens. The
-    matrix x^T x may be singular: after a layer norm the entries of x satisfy a linear equation. So
-    1e-6 of the mean of its diagonal is added to the diagonal, which moves FVU by less than 1e-5.
+    matrix x^T x may be singular, as x comes from a layer norm, whose output before the scale sums
+    to zero. So 1e-6 of the mean of its diagonal is added to the diagonal, which moves FVU by less
+    than 1e-5.
     """
     # Sums over tokens of the products of (x, 1) with (x, 1, y): [d + 1, 2 d + 1], in float64 on the
     # CPU. They hold all that least squares needs, and also the sums of x and y.
@@ -216,17 +218,18 @@ class Sample:
 
     def __init__(self):
         self.tokens = []  # [rows, T]: all tokens read
-        self.counted = []  # [rows, T]: which of them count
+        self.counted = []  # bool [rows, T]: whether each of them counts
         self.hidden = []  # [n, d]: the LM's last hidden states at counted tokens
         self.active = defaultdict(list)  # by name: (place, latent, act) of all active latents
-        self.predictions_counted = []  # [rows, T - 2]: which predictions count
+        self.prediction_counts = []  # bool [rows, T - 2]: whether each prediction counts
         self.ce, self.kl = defaultdict(list), defaultdict(list)  # by name: [rows, T - 2]
         self.y = Moments()  # of counted tokens
         self.y_all = Moments()  # of counted tokens and outliers
         self.errors = defaultdict(Moments)  # by name: y - y_hat of counted tokens
         self.errors_outliers = defaultdict(Moments)  # by name: y - y_hat of outliers
         # For a skip transcoder, the error of each part of y_hat alone: [name, "skip"] has
-        # y - W_skip x, and [name, "latents"] has y - (y_hat - W_skip x).
+        # y - W_skip x, and [name, "latents"] has y - (y_hat - W_skip x). (Only their variances are
+        # used, so it does not matter that b_dec is in one of the two.)
         self.errors_alone = defaultdict(Moments)
 
 
@@ -264,7 +267,7 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
 
     for tokens in batches:
         # The clean LM. It predicts until there are CE_TOKENS predictions, counted or not.
-        with_predictions = sum(map(torch.numel, sample.predictions_counted)) < CE_TOKENS
+        with_predictions = sum(map(torch.numel, sample.prediction_counts)) < CE_TOKENS
         tokens = tokens.to(device)
         log_p = patched(tokens, logits=with_predictions)
         x_rows, y_rows = patched.x, patched.y  # [rows, T, d] each
@@ -281,7 +284,7 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
         with skipcoder.fast_matmuls(device):
             entries |= {name: coder.encode(x, y) for name, coder in untrained.items()}
         neurons = patched.neurons[counted]  # [n, number of neurons]
-        entries["neurons"] = neurons.topk(min(k, neurons.shape[1]))
+        entries["neurons"] = neurons.topk(min(k, neurons.shape[1]))  # negative ones are silent
         for name, (acts, indices) in entries.items():
             sample.active[name].append(active_entries(acts, indices, first_place))
 
@@ -292,8 +295,6 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
         for name, y_hat in y_hats.items():
             sample.errors[name].add(y - y_hat)
         for name, coder in coders.items():
-            # (The constant b_dec goes to the part of the latents. It could as well go to the other:
-            # only the variance of these errors is used.)
             if coder.W_skip is not None:
                 skip = F.linear(x, coder.W_skip)
                 sample.errors_alone[name, "latents"].add(y - (y_hats[name] - skip))
@@ -308,7 +309,7 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
 
         # Predictions of the LM with each y_hat in the MLP's place, against the clean ones.
         if with_predictions:
-            sample.predictions_counted.append(counted[:, PREDICTING].cpu())
+            sample.prediction_counts.append(counted[:, PREDICTING].cpu())
             sample.ce["clean"].append(cross_entropies(log_p, tokens))
             for name, y_hat in y_hats.items():
                 output = y_rows.clone()
@@ -322,12 +323,13 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
 
 def losses(sample, name):
     """Return FVU, CE and KL of what stood in the MLP's place under this name."""
-    counted = torch.cat(sample.predictions_counted)
+    counted = torch.cat(sample.prediction_counts)
     ce, clean, ablated = (torch.cat(sample.ce[key]) for key in (name, "clean", "mean"))
     increase, increase_se = mean_and_error(ce - clean, counted)
     harm, _ = mean_and_error(ablated - clean, counted)
     kl, kl_se = mean_and_error(torch.cat(sample.kl[name]), counted)
-    error, error_outliers = sample.errors[name].squares, sample.errors_outliers[name].squares
+    error = sample.errors[name].squares
+    error_outliers = sample.errors_outliers[name].squares  # 0 if there are no outliers
     return {
         "fvu": error / sample.y.variance(),
         "fvu_all": (error + error_outliers) / sample.y_all.variance(),
@@ -368,9 +370,9 @@ def intruder_weights(active, words, same_token):
     """Return the weight with which each of the n places is drawn as the intruder: [n].
 
     `active` are the places of one latent, and `words` [n] are the token ids at all places. Only
-    silent places have a weight. With `same_token` it is a / s, if the latent is active on a other
-    places of the same word, and silent on s of its places. So a word is drawn in proportion to a,
-    and then one of its silent places. All weights are 0 if no word has both kinds of places.
+    silent places have a weight, and it is 1. With `same_token` it is the number of active places of
+    the same word over the number of its silent places. So each word is drawn as often as the latent
+    is active on it, and then one of its silent places. All weights are 0 if no word has both.
     """
     silent = torch.ones(len(words)).index_fill(0, active, 0)
     if not same_token:
@@ -463,7 +465,7 @@ class Scores:
         self.active = ActiveTokens(entries, num_latents, len(words))
         self.latents = self.active.draw(wanted, generator)
         places = [self.active.places[j] for j in self.latents]
-        trials, _ = intruder_trials(places, words, generator)
+        trials, _ = intruder_trials(places, words, generator)  # possible for all, thanks to draw
         self.found = intruder_found(trials, hidden, mean)  # bool [latents, 10]
         trials, self.has_same_token = intruder_trials(places, words, generator, same_token=True)
         self.found_same_token = intruder_found(trials, hidden, mean)
@@ -529,8 +531,9 @@ def evaluate(config, coders, args):
     k = ks[len(ks) // 2]  # the median
     untrained = {}
     for name, arch in (("untrained", "transcoder"), ("untrained_sae", "sae")):
-        # The seed differs from that of training, where a coder of this kind started.
-        seed = (config.get("seed") or 0) + 1
+        # With the run's own seed, this would be what the trained coders started from. (Runs that
+        # another library trained have none.)
+        seed = config.get("seed", 0) + 1
         untrained[name] = Coder(arch, d, M, k, seed).to(device).requires_grad_(False)
         # Set the biases as in training. A batch of one token will do, since only its mean is used.
         untrained[name].start(x_mean[None], y_mean[None])
@@ -560,7 +563,7 @@ def evaluate(config, coders, args):
     run |= {"num_latents": M, "k": sorted(set(ks)), "baselines_k": k}
     run |= {"tokens_asked_for": args.tokens, "tokens_read": sample.y_all.number}
     report = {"tokens": sample.y.number, "run": run}
-    predicting = torch.cat(sample.predictions_counted)
+    predicting = torch.cat(sample.prediction_counts)
     report["clean_ce"] = mean_and_error(torch.cat(sample.ce["clean"]), predicting)[0]
     report["mean_ablated_ce"] = losses(sample, "mean")["ce"]
     report["zero_ablated_ce"] = losses(sample, "zero")["ce"]
@@ -663,18 +666,18 @@ def compare(report, arch, other):
     1,000 repetitions with normal noise of the size of the scores' own errors. If the curves do not
     overlap, the list is empty.
     """
-    lines = [score_curve(report, name) for name in (arch, other)]
-    if not all(len(x) for x, _, _ in lines):
+    curves = [score_curve(report, name) for name in (arch, other)]
+    if not all(len(x) for x, _, _ in curves):
         return []
-    low = max(x[0] for x, _, _ in lines)
-    high = min(x[-1] for x, _, _ in lines)
+    low = max(x[0] for x, _, _ in curves)
+    high = min(x[-1] for x, _, _ in curves)
     if low >= high:
         return []
     at, random = np.linspace(low, high, 101), np.random.default_rng(0)
     means = []  # two curves, 1,001 means each: the first without noise, the others with it
-    for x, score, error in lines:
+    for x, score, error in curves:
         noisy = score + error * random.standard_normal((1000, len(x)))
-        interpolated = [np.interp(at, x, curve) for curve in (score, *noisy)]
+        interpolated = [np.interp(at, x, heights) for heights in (score, *noisy)]
         means.append(np.mean(interpolated, axis=1))
     differences = np.subtract(*means)
     difference, error = differences[0], differences[1:].std()
@@ -769,8 +772,9 @@ def main():
         ):
             path.open("a").close()
 
-    hint, errors = skipcoder.DATA_HINT, skipcoder.DataError
-    with skipcoder.exit_on_error(f"--dataset {args.dataset}", hint, errors):
+    with skipcoder.exit_on_error(
+        f"--dataset {args.dataset}", skipcoder.DATA_HINT, errors=skipcoder.DataError
+    ):
         report, for_page = evaluate(config, coders, args)
     for name, path in outputs.items():
         if name == "--json":
