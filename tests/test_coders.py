@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+import skipcoder
 from skipcoder import ARCHS, WAKE, Coder, TopKEncoder, Trainer
 
 N, d, M, k = 24, 8, 40, 5
@@ -344,3 +345,24 @@ def test_a_dead_latent_has_its_bias_raised_until_it_fires(arch, device):
     assert fired_at > start[dead].item()
     trainer.step(x, y, 1)
     assert b_enc[dead].item() == fired_at
+
+
+def test_matmuls_in_bfloat16_leave_everything_else_in_float32(monkeypatch):
+    """Where bfloat16 is fast. The numbers are a little off those of float32, and gradients exist."""
+    torch.manual_seed(0)
+    coder = Coder("skip_transcoder", 16, 64, 4)
+    x, y = torch.randn(50, 16), torch.randn(50, 16)
+    torch.nn.init.normal_(coder.W_dec)
+    torch.nn.init.normal_(coder.W_skip)
+    results = []
+    for fast in (False, True):
+        monkeypatch.setattr(skipcoder, "fast_bfloat16", lambda device, fast=fast: fast)
+        with skipcoder.fast_matmuls(x.device):
+            y_hat, acts, _ = coder(x, y)
+        coder.zero_grad()
+        (y - y_hat).square().mean().backward()
+        for tensor in (y_hat, acts, coder.W_enc.grad, coder.W_dec.grad, coder.W_skip.grad):
+            assert tensor.dtype == torch.float32
+        results.append((y_hat.detach(), coder.W_skip.grad.clone()))
+    for exact, rounded in zip(*results):
+        assert 1e-5 < (exact - rounded).norm() / exact.norm() < 0.1
