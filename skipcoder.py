@@ -107,8 +107,8 @@ class Coder(nn.Module):
         """Set the biases from a first batch x, y [N, d].
 
         b_dec is the mean of y, so a transcoder predicts this mean at first, and its FVU is 1. b_enc
-        is such that pre-activations have mean zero. In the autoencoder they have it already, since
-        its encoder reads y - b_dec.
+        is such that pre-activations have mean zero. In the autoencoder their mean is zero already,
+        since its encoder reads y - b_dec.
         """
         self.b_dec.copy_(y.mean(0))
         if self.reads == "x":
@@ -142,7 +142,7 @@ class Coder(nn.Module):
 
 BETAS = (0.9, 0.98)  # of Adam; the usual 0.999 averages over 1,000 steps, half of a short run
 DEAD = 0.02  # a latent is dead once it has been silent for this share of all training steps
-WAKE = 0.03  # a dead latent's bias rises per step by this share of s_z (see `Trainer`)
+WAKE = 0.03  # per step, a dead latent's bias rises by this share of pre-activations' deviation
 
 # torchrun starts several processes, and each trains on its own part of the text.
 RANK = int(os.environ.get("RANK", "0"))  # the number of this process
@@ -171,10 +171,11 @@ class Trainer:
 
         # Adam changes every number by about lr per step, however large its gradient is. So we
         # multiply lr by the natural size of each parameter: for a bias, the size of what it is
-        # added to; for a matrix, the size of its output over the size of its input. These sizes
-        # are standard deviations: s_x and s_y those of the entries of x and y, and s_z that of the
-        # pre-activations. As the rows of W_enc have length 1 at first, s_z is about s_x or s_y,
-        # whichever the encoder reads.
+        # added to; for a matrix, the size of its output over the size of its input. (We leave out
+        # d^(1/2), by which the entries of a matrix are smaller, since all matrices share it.) The
+        # sizes are standard deviations: s_x and s_y those of the entries of x and y, and s_z that
+        # of the pre-activations. A row of W_enc has length 1 at first, so its pre-activation varies
+        # as much as one entry of what the encoder reads.
         s_x, s_y = (a.var(0, correction=0).mean().sqrt().item() for a in (x, y))
         self.s_z = s_z = s_x if coder.reads == "x" else s_y
         size = {
@@ -200,7 +201,7 @@ class Trainer:
         with fast_matmuls(x.device):
             y_hat, acts, indices = coder(x, y)
 
-        # 2. The loss is the FVU of this batch.
+        # 2. The loss is the FVU of this batch. (Under torchrun, of this process's part of it.)
         squared_error = (y - y_hat).square().sum()
         variance = (y - y.mean(0)).square().sum()
         loss = squared_error / variance
@@ -214,7 +215,7 @@ class Trainer:
         act_sums = torch.zeros_like(coder.b_enc)  # [M]
         act_sums.index_add_(0, indices.flatten(), acts.detach().flatten())
         if WORLD > 1:
-            # A fork may have parameters that are not trained, so without a gradient.
+            # If you freeze a parameter, it has no gradient.
             gradients = [p.grad for p in coder.parameters() if p.requires_grad]
             for tensor in (sums, act_sums, *gradients):
                 torch.distributed.all_reduce(tensor)
@@ -309,7 +310,7 @@ class MLPActivations:
     def hook(self, mlp, args, output):
         if len(args) != 1 or not isinstance(output, Tensor):  # BLOOM's also takes the residual
             sys.exit(f"error: --model: {type(mlp).__name__} does not map one tensor to another")
-        if self.y is not None:
+        if self.y is not None:  # as in an LM that loops over its blocks
             sys.exit(f"error: --model: {type(mlp).__name__} runs more than once for a token")
         # Make copies, since a block may add to these tensors in place afterwards. Falcon's does.
         self.x = args[0].to(torch.float32, copy=True)  # [rows, ctx_len, d]
@@ -321,7 +322,7 @@ class MLPActivations:
         handle = self.mlp.register_forward_hook(self.hook)
         self.lm.base_model(tokens, use_cache=False)
         handle.remove()
-        if self.y is None:
+        if self.y is None:  # as in a block for images
             sys.exit("error: --model: the MLP of this layer does not run on text")
         x, y = self.x[:, 1:].flatten(0, 1), self.y[:, 1:].flatten(0, 1)
         norm = y.norm(dim=1)
@@ -346,7 +347,7 @@ def is_held_out(text):
 
 
 def documents(sources, held_out):
-    """Yield the texts of one side of the split, long ones in pieces."""
+    """Yield the texts of either the training or the held-out documents, long ones in pieces."""
     for text in read_texts(sources):
         if is_held_out(text) == held_out:
             yield from (text[i : i + LONGEST] for i in range(0, len(text), LONGEST))
@@ -388,27 +389,28 @@ def token_rows(dataset, subset, tokenizer, ctx_len, batch_size, held_out, seed):
     # Divide the sources into a group for each reader of each process. (A group is packed as one
     # text, since a file may be shorter than a row.) One core per process is left for training.
     readers = max(1, min(len(sources) // WORLD, os.cpu_count() // WORLD - 1))
-    num_groups = min(len(sources), readers * WORLD)
+    num_groups = min(readers * WORLD, len(sources))
     groups = [sources[i::num_groups] for i in range(num_groups)]
-    # `datasets` deals out the items of the only list here, the groups, to the readers.
+    # If an argument of the generator is a list, `datasets` gives each reader a part of it.
     kwargs = {"groups": groups, "held_out": held_out, "tokenizer": tokenizer, "ctx_len": ctx_len}
     stream = datasets.IterableDataset.from_generator(pack_groups, gen_kwargs=kwargs)
     if endless:
         stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
-        # Each process gets its own groups. If there are fewer sources than processes, each process
-        # reads all of them and keeps one row in WORLD.
+        # Each process gets its own groups. But if there are fewer sources than processes, each
+        # process reads all of them, and keeps one row in WORLD.
         stream = datasets.distributed.split_dataset_by_node(stream, RANK, WORLD)
     loader = torch.utils.data.DataLoader(
         stream,
-        batch_size=batch_size,  # many rows pass from process to process as fast as one
+        batch_size=batch_size,  # rows come from a reader in batches, since one by one is slow
         num_workers=readers,
         prefetch_factor=16,
         persistent_workers=endless,
         worker_init_fn=ignore_signals,
     )
 
-    for epoch in count() if endless else [0]:
-        # For a new order. (The epoch is in memory that `datasets` shares with the readers.)
+    epochs = count() if endless else [0]
+    for epoch in epochs:
+        # Shuffle anew. (The readers go on running. They see the new epoch in shared memory.)
         stream.set_epoch(epoch)
         num_rows = 0
         for batch in loader:
@@ -429,6 +431,7 @@ def token_batches(dataset, subset, tokenizer, ctx_len, batch_size, held_out=Fals
     each time, and each process under torchrun gets its own. Without a seed, the last batch may be
     shorter.
     """
+    # The last batch of each reader may be short, so the rows of all readers are batched anew.
     rows = token_rows(dataset, subset, tokenizer, ctx_len, batch_size, held_out, seed)
     while batch := list(islice(rows, batch_size)):
         yield torch.stack(batch)
@@ -541,7 +544,7 @@ def train(args):
     finally:
         # Save what was trained, whatever ended the loop, unless it is not finite.
         bar.close()
-        # DataLoader's handler raises if a reader was killed. That would interrupt the saving.
+        # If a reader was killed, DataLoader raises in a handler, which could interrupt the saving.
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         finite = all(trainer.is_finite() for trainer in trainers.values())
@@ -604,7 +607,7 @@ def stop_on_signals():
 
 
 # ---- The same, faster -----------------------------------------------------------------------
-# You can skip this section: it equals two plain lines of PyTorch. On a CPU it shortens the step of
+# You can skip this section: it equals two plain lines of `encode`. On a CPU it shortens the step of
 # three coders by 39% (d 768, M 24,576, k 32), or by 26% (d 384, M 6,144).
 
 
@@ -652,9 +655,10 @@ class TopKEncoder(torch.autograd.Function):
 def topk(pre, k):
     """Return pre.topk(k) for pre [N, M], unsorted, in 50 to 80% of its time.
 
-    Divide a row into M / 8 groups of 8 entries, and take the k groups with the largest maxima. They
-    hold the k largest entries, so only they need to be searched: an entry of any other group is at
-    most as large as the maximum of its group, and so at most as large as each of the k maxima.
+    Divide a row into M / 8 groups of 8 entries, and take the k groups with the largest maxima. An
+    entry of any other group is at most as large as the maximum of its group, and so at most as
+    large as each of the k maxima. So the k groups hold the k largest entries, and only these groups
+    are searched.
     """
     N, M = pre.shape
     if M % 8 or M < 8 * k:
@@ -947,7 +951,7 @@ def main():
         "--k", type=at_least(1), nargs="+", default=[32], help="active latents; a coder for each k"
     )
     flag("--tokens", type=at_least(1, float), default=5e7, help="default 50 million")
-    # (A row needs BOS and two tokens, so that the first of these predicts something.)
+    # (eval.py needs rows with BOS, a token, and a next one that is predicted.)
     flag("--ctx-len", type=at_least(3), help="tokens in a row (default 256, or the LM's limit)")
     flag("--batch-size", type=at_least(1), help="rows per step (default: see README, Recipe)")
     flag("--lr", type=at_least(1e-9, float), help="of Adam (default: see README, Recipe)")
