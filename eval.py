@@ -16,8 +16,8 @@ It reads held-out documents, which training never saw. For each coder of the run
                   four of them, and silent at one, the intruder. Guess the one whose hidden state,
                   after the LM's final norm, is least like the others. The score is the share of
                   guesses that are right.
-    same token    a harder version: at the intruder's place stands a token on which the latent is
-                  active at other places. So it is not enough to compare tokens.
+    same token    a harder version: the intruder is an occurrence of a token that activates the
+                  latent elsewhere in the text. So it is not enough to compare tokens.
 
 CE and KL are in nats per token. Baselines give these numbers a scale:
 
@@ -200,7 +200,7 @@ def fit_affine(patched, batches, max_norm, device):
     xx, xy = products.split([d + 1, d], dim=1)
     ridge = 1e-6 * xx.diagonal().mean() * torch.eye(d + 1, dtype=torch.float64)
     solution = torch.linalg.solve(xx + ridge, xy)  # [d + 1, d]: A, and b as the last row
-    # The last row of products is of 1 with (x, 1, y).
+    # The last row of products comes from the appended 1: it holds sums of x, 1 and y.
     x_sum, number, y_sum = products[d].split([d, 1, d])
     results = solution[:d], solution[d], x_sum / number, y_sum / number
     return [result.float().to(device) for result in results]
@@ -221,15 +221,15 @@ class Sample:
         self.counted = []  # bool [rows, T]: whether each of them counts
         self.hidden = []  # [n, d]: the LM's last hidden states at counted tokens
         self.active = defaultdict(list)  # by name: (place, latent, act) of all active latents
-        self.prediction_counts = []  # bool [rows, T - 2]: whether each prediction counts
+        self.counted_predictions = []  # bool [rows, T - 2]: whether each prediction counts
         self.ce, self.kl = defaultdict(list), defaultdict(list)  # by name: [rows, T - 2]
         self.y = Moments()  # of counted tokens
         self.y_all = Moments()  # of counted tokens and outliers
         self.errors = defaultdict(Moments)  # by name: y - y_hat of counted tokens
         self.errors_outliers = defaultdict(Moments)  # by name: y - y_hat of outliers
         # For a skip transcoder, the error of each part of y_hat alone: [name, "skip"] has
-        # y - W_skip x, and [name, "latents"] has y - (y_hat - W_skip x). (Only their variances are
-        # used, so it does not matter that b_dec is in one of the two.)
+        # y - W_skip x, and [name, "latents"] has y - (y_hat - W_skip x). Each part will be judged
+        # with the best constant added, so it does not matter where b_dec is.
         self.errors_alone = defaultdict(Moments)
 
 
@@ -267,7 +267,7 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
 
     for tokens in batches:
         # The clean LM. It predicts until there are CE_TOKENS predictions, counted or not.
-        with_predictions = sum(map(torch.numel, sample.prediction_counts)) < CE_TOKENS
+        with_predictions = sum(map(torch.numel, sample.counted_predictions)) < CE_TOKENS
         tokens = tokens.to(device)
         log_p = patched(tokens, logits=with_predictions)
         x_rows, y_rows = patched.x, patched.y  # [rows, T, d] each
@@ -284,7 +284,7 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
         with skipcoder.fast_matmuls(device):
             entries |= {name: coder.encode(x, y) for name, coder in untrained.items()}
         neurons = patched.neurons[counted]  # [n, number of neurons]
-        entries["neurons"] = neurons.topk(min(k, neurons.shape[1]))  # negative ones are silent
+        entries["neurons"] = neurons.topk(min(k, neurons.shape[1]))  # as acts and indices
         for name, (acts, indices) in entries.items():
             sample.active[name].append(active_entries(acts, indices, first_place))
 
@@ -296,7 +296,8 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
             sample.errors[name].add(y - y_hat)
         for name, coder in coders.items():
             if coder.W_skip is not None:
-                skip = F.linear(x, coder.W_skip)
+                with skipcoder.fast_matmuls(device):  # as in coder.decode
+                    skip = F.linear(x, coder.W_skip)
                 sample.errors_alone[name, "latents"].add(y - (y_hats[name] - skip))
                 sample.errors_alone[name, "skip"].add(y - skip)
         outlier = ~counted
@@ -309,7 +310,7 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
 
         # Predictions of the LM with each y_hat in the MLP's place, against the clean ones.
         if with_predictions:
-            sample.prediction_counts.append(counted[:, PREDICTING].cpu())
+            sample.counted_predictions.append(counted[:, PREDICTING].cpu())
             sample.ce["clean"].append(cross_entropies(log_p, tokens))
             for name, y_hat in y_hats.items():
                 output = y_rows.clone()
@@ -323,7 +324,7 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
 
 def losses(sample, name):
     """Return FVU, CE and KL of what stood in the MLP's place under this name."""
-    counted = torch.cat(sample.prediction_counts)
+    counted = torch.cat(sample.counted_predictions)
     ce, clean, ablated = (torch.cat(sample.ce[key]) for key in (name, "clean", "mean"))
     increase, increase_se = mean_and_error(ce - clean, counted)
     harm, _ = mean_and_error(ablated - clean, counted)
@@ -351,8 +352,9 @@ class ActiveTokens:
     def __init__(self, entries, num_latents, num_tokens):
         """entries: from `active_entries`, one for each batch."""
         place, latent, act = (torch.cat(parts) for parts in zip(*entries))  # [m] each
+        # Sort by act, then by latent. The second sort is stable, so the acts of each latent stay
+        # sorted.
         order = act.argsort(descending=True, stable=True)
-        # A stable sort by latent leaves the acts of each latent in their order.
         order = order[latent[order].argsort(stable=True)]
         self.count = latent.bincount(minlength=num_latents)  # [M]
         self.density = self.count.double() / num_tokens  # [M], shares of the tokens
@@ -370,9 +372,9 @@ def intruder_weights(active, words, same_token):
     """Return the weight with which each of the n places is drawn as the intruder: [n].
 
     `active` are the places of one latent, and `words` [n] are the token ids at all places. Only
-    silent places have a weight, and it is 1. With `same_token` it is the number of active places of
-    the same word over the number of its silent places. So each word is drawn as often as the latent
-    is active on it, and then one of its silent places. All weights are 0 if no word has both.
+    silent places have a weight, and it is 1. With `same_token`, a silent place of a word that has A
+    active and S silent places has the weight A / S. So the chance of a word is proportional to A,
+    and its silent places are equally likely. All weights are 0 if no word has both kinds of places.
     """
     silent = torch.ones(len(words)).index_fill(0, active, 0)
     if not same_token:
@@ -389,8 +391,8 @@ def intruder_trials(places, words, generator, same_token=False):
     This is intruder detection (Paulo & Belrose 2025, arXiv 2507.08473): if a latent stands for one
     thing, the contexts on which it is active resemble one another, and one on which it is silent
     stands out. Here the judge is the LM under study (see `intruder_found`). `places` has a tensor
-    for each latent, sorted by act, which is cut into quintiles. Trial t draws four places of
-    quintile t mod 5, where 0 has the largest acts, and the intruder with `intruder_weights`.
+    for each latent, sorted by act, which is cut into quintiles. Quintile 0 has the largest acts.
+    Trial t draws four places of quintile t mod 5, and an intruder by `intruder_weights`.
 
     Return int [latents, 10, 5], and which latents have trials: bool [latents]. The others, which
     have no possible intruder, have zeros.
@@ -460,7 +462,7 @@ class Scores:
 
         `hidden` [n, d] are the last hidden states, and `mean` [d] is their mean.
         """
-        # Each coder has a generator: what is drawn does not depend on which others there are.
+        # Each coder has a generator, so its draws do not depend on which other coders the run has.
         generator = torch.Generator().manual_seed(seed)
         self.active = ActiveTokens(entries, num_latents, len(words))
         self.latents = self.active.draw(wanted, generator)
@@ -480,8 +482,14 @@ class Scores:
         }
 
 
+# ---- The tokens that a latent promotes (for the page) ---------------------------------------
+
+
 def final_norm(lm):
-    """Return the final norm: in the decoder it stands beside the list of blocks. GPT-1 has none."""
+    """Return the final norm, which is in the same module as the list of blocks.
+
+    GPT-1 has no final norm.
+    """
     for module in lm.get_decoder().modules():
         parts = list(module.children())
         if any(isinstance(part, nn.ModuleList) for part in parts):
@@ -531,8 +539,8 @@ def evaluate(config, coders, args):
     k = ks[len(ks) // 2]  # the median
     untrained = {}
     for name, arch in (("untrained", "transcoder"), ("untrained_sae", "sae")):
-        # With the run's own seed, this would be what the trained coders started from. (Runs that
-        # another library trained have none.)
+        # Another seed than that of training, so that the directions are not those from which the
+        # trained coders started. (A run of another library has no seed.)
         seed = config.get("seed", 0) + 1
         untrained[name] = Coder(arch, d, M, k, seed).to(device).requires_grad_(False)
         # Set the biases as in training. A batch of one token will do, since only its mean is used.
@@ -561,9 +569,10 @@ def evaluate(config, coders, args):
     run = {key: config.get(key) for key in IN_REPORT}
     run["hookpoint"] = skipcoder.find_mlp(lm, config["layer"])[0]
     run |= {"num_latents": M, "k": sorted(set(ks)), "baselines_k": k}
+    # Of held-out text. (The run's "tokens" and "tokens_trained" are of training text.)
     run |= {"tokens_asked_for": args.tokens, "tokens_read": sample.y_all.number}
     report = {"tokens": sample.y.number, "run": run}
-    predicting = torch.cat(sample.prediction_counts)
+    predicting = torch.cat(sample.counted_predictions)
     report["clean_ce"] = mean_and_error(torch.cat(sample.ce["clean"]), predicting)[0]
     report["mean_ablated_ce"] = losses(sample, "mean")["ce"]
     report["zero_ablated_ce"] = losses(sample, "zero")["ce"]
@@ -651,7 +660,7 @@ def markdown(cells):
 
 
 def score_curve(report, arch):
-    """Return log CE increase, score and its error of an architecture's n coders, [3, n], sorted."""
+    """Return [3, n]: log CE increase (ascending), score, and its error, of n coders of `arch`."""
     rows = [row for row in report["coders"].values() if row["arch"] == arch]
     rows = [row for row in rows if row["intruder"] is not None and row["ce_increase"] > 0]
     points = sorted((math.log(r["ce_increase"]), r["intruder"], r["intruder_se"]) for r in rows)
@@ -691,7 +700,7 @@ def compare(report, arch, other):
 HOW_TO_READ = (
     "Lower is better for FVU (1: no better than the mean), CE increase and KL (nats per token)."
     " Higher is better for CE recovered (0%: as bad as the mean) and for the intruder score (chance"
-    " is 0.2, and null should be within 3 errors of it). For the same token score, the latent is"
+    " is 0.2, and null should be within 3 errors of it). In the score “same token”, the latent is"
     " active on other occurrences of the intruder's token. ± is one standard error, over rows of"
     " text or over latents."
 )
