@@ -16,8 +16,8 @@ It reads held-out documents, which training never saw. For each coder of the run
                   four of them, and silent at one, the intruder. Guess the one whose hidden state,
                   after the LM's final norm, is least like the others. The score is the share of
                   guesses that are right.
-    same token    a harder version: the intruder is an occurrence of a token that activates the
-                  latent elsewhere in the text. So it is not enough to compare tokens.
+    same token    a harder version: the latent is silent at the intruder, but active where the same
+                  token occurs elsewhere. So the token alone does not give the intruder away.
 
 CE and KL are in nats per token. Baselines give these numbers a scale:
 
@@ -131,7 +131,8 @@ class PatchedLM:
 class Moments:
     """The number, sum and sum of squares of vectors.
 
-    Within a batch they are added up in float32 on its device, over batches in float64 on the CPU.
+    Each batch is summed in float32 on its own device. The sums of all batches are added in float64
+    on the CPU.
     """
 
     def __init__(self):
@@ -160,7 +161,7 @@ def mean_and_error(values, counted):
 
     Tokens of one row depend on one another, so the error comes from the differences between rows.
     If row i has n_i counted values with the sum s_i, the mean is the ratio sum_i s_i / sum_i n_i.
-    By the delta method, its error is the standard error of (s_i - mean * n_i) / mean(n_i).
+    By the delta method, its error is that of the mean over rows of (s_i - mean * n_i) / mean(n_i).
     """
     sums = (values.double() * counted).sum(1)  # [rows]
     numbers = counted.double().sum(1)  # [rows]
@@ -221,15 +222,15 @@ class Sample:
         self.counted = []  # bool [rows, T]: whether each of them counts
         self.hidden = []  # [n, d]: the LM's last hidden states at counted tokens
         self.active = defaultdict(list)  # by name: (place, latent, act) of all active latents
-        self.counted_predictions = []  # bool [rows, T - 2]: whether each prediction counts
+        self.prediction_masks = []  # bool [rows, T - 2]: which of all predictions count
         self.ce, self.kl = defaultdict(list), defaultdict(list)  # by name: [rows, T - 2]
         self.y = Moments()  # of counted tokens
         self.y_all = Moments()  # of counted tokens and outliers
         self.errors = defaultdict(Moments)  # by name: y - y_hat of counted tokens
         self.errors_outliers = defaultdict(Moments)  # by name: y - y_hat of outliers
         # For a skip transcoder, the error of each part of y_hat alone: [name, "skip"] has
-        # y - W_skip x, and [name, "latents"] has y - (y_hat - W_skip x). Each part will be judged
-        # with the best constant added, so it does not matter where b_dec is.
+        # y - W_skip x, and [name, "latents"] has y - (y_hat - W_skip x). Of these only the variance
+        # is used, not the squares. Constants do not change it, so b_dec may be in either.
         self.errors_alone = defaultdict(Moments)
 
 
@@ -267,7 +268,7 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
 
     for tokens in batches:
         # The clean LM. It predicts until there are CE_TOKENS predictions, counted or not.
-        with_predictions = sum(map(torch.numel, sample.counted_predictions)) < CE_TOKENS
+        with_predictions = sum(map(torch.numel, sample.prediction_masks)) < CE_TOKENS
         tokens = tokens.to(device)
         log_p = patched(tokens, logits=with_predictions)
         x_rows, y_rows = patched.x, patched.y  # [rows, T, d] each
@@ -310,7 +311,7 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
 
         # Predictions of the LM with each y_hat in the MLP's place, against the clean ones.
         if with_predictions:
-            sample.counted_predictions.append(counted[:, PREDICTING].cpu())
+            sample.prediction_masks.append(counted[:, PREDICTING].cpu())
             sample.ce["clean"].append(cross_entropies(log_p, tokens))
             for name, y_hat in y_hats.items():
                 output = y_rows.clone()
@@ -324,7 +325,7 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
 
 def losses(sample, name):
     """Return FVU, CE and KL of what stood in the MLP's place under this name."""
-    counted = torch.cat(sample.counted_predictions)
+    counted = torch.cat(sample.prediction_masks)
     ce, clean, ablated = (torch.cat(sample.ce[key]) for key in (name, "clean", "mean"))
     increase, increase_se = mean_and_error(ce - clean, counted)
     harm, _ = mean_and_error(ablated - clean, counted)
@@ -372,9 +373,9 @@ def intruder_weights(active, words, same_token):
     """Return the weight with which each of the n places is drawn as the intruder: [n].
 
     `active` are the places of one latent, and `words` [n] are the token ids at all places. Only
-    silent places have a weight, and it is 1. With `same_token`, a silent place of a word that has A
-    active and S silent places has the weight A / S. So the chance of a word is proportional to A,
-    and its silent places are equally likely. All weights are 0 if no word has both kinds of places.
+    silent places have a weight, and it is 1. With `same_token`, a word is drawn in proportion to A,
+    the number of its active places, and then one of its S silent places. So each of these has the
+    weight A / S. All weights are 0 if no word has both kinds of places.
     """
     silent = torch.ones(len(words)).index_fill(0, active, 0)
     if not same_token:
@@ -382,7 +383,8 @@ def intruder_weights(active, words, same_token):
     size = int(words.max()) + 1
     active_of_word = words[active].bincount(minlength=size)
     silent_of_word = words.bincount(minlength=size) - active_of_word
-    return silent * (active_of_word / silent_of_word.clamp(min=1))[words]
+    weight_of_word = active_of_word / silent_of_word.clamp(min=1)  # a word with S = 0 is not drawn
+    return silent * weight_of_word[words]
 
 
 def intruder_trials(places, words, generator, same_token=False):
@@ -467,7 +469,8 @@ class Scores:
         self.active = ActiveTokens(entries, num_latents, len(words))
         self.latents = self.active.draw(wanted, generator)
         places = [self.active.places[j] for j in self.latents]
-        trials, _ = intruder_trials(places, words, generator)  # possible for all, thanks to draw
+        # These are possible for all latents that were drawn, since each is silent somewhere.
+        trials, _ = intruder_trials(places, words, generator)
         self.found = intruder_found(trials, hidden, mean)  # bool [latents, 10]
         trials, self.has_same_token = intruder_trials(places, words, generator, same_token=True)
         self.found_same_token = intruder_found(trials, hidden, mean)
@@ -569,10 +572,10 @@ def evaluate(config, coders, args):
     run = {key: config.get(key) for key in IN_REPORT}
     run["hookpoint"] = skipcoder.find_mlp(lm, config["layer"])[0]
     run |= {"num_latents": M, "k": sorted(set(ks)), "baselines_k": k}
-    # Of held-out text. (The run's "tokens" and "tokens_trained" are of training text.)
+    # These two count held-out tokens, with outliers. (run["tokens"] counts training tokens.)
     run |= {"tokens_asked_for": args.tokens, "tokens_read": sample.y_all.number}
     report = {"tokens": sample.y.number, "run": run}
-    predicting = torch.cat(sample.counted_predictions)
+    predicting = torch.cat(sample.prediction_masks)
     report["clean_ce"] = mean_and_error(torch.cat(sample.ce["clean"]), predicting)[0]
     report["mean_ablated_ce"] = losses(sample, "mean")["ce"]
     report["zero_ablated_ce"] = losses(sample, "zero")["ce"]
@@ -620,7 +623,7 @@ COLUMNS = {
     "intruder_histogram": ("scores 0…1", "bars"),
 }
 BARS = " ▁▂▃▄▅▆▇█"  # from 0 to 8 eighths
-FIDELITY, SCORES = list(COLUMNS)[:6], list(COLUMNS)[6:]  # a table each
+FIDELITY, SCORES = list(COLUMNS)[:6], list(COLUMNS)[6:]  # a table each: up to KL, and the scores
 
 
 def cell(row, key):
@@ -766,7 +769,7 @@ def main():
     flag("--seed", type=at_least(0), default=0, help="of the choice of latents and contexts")
     flag("--device", default="auto", help="cpu, cuda, mps, ... (default: the accelerator)")
     flag("--dataset", help="data set to evaluate on (default: the run's)")
-    flag("--subset", help="configuration of that data set (default: the run's)")
+    flag("--subset", help="configuration of that data set")
     args = skipcoder.parse(parser)  # turns --device into a torch.device
     args.tokens = math.ceil(args.tokens)
     config, coders = skipcoder.load_run(args.run, args.device)
