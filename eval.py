@@ -3,7 +3,8 @@
 
     python eval.py runs/gpt2-layer6
 
-It reads held-out documents, which training never saw. For each coder of the run it reports
+It reads held-out documents, which training never saw. The coders of a run may also come from
+EleutherAI's sparsify (see README). For each of them it reports
 
     FVU           sum |y - y_hat|^2 / sum |y - mean(y)|^2 over all counted tokens (see below)
     L0, dead      active latents per token; latents that are never active on these tokens
@@ -16,8 +17,8 @@ It reads held-out documents, which training never saw. For each coder of the run
                   four of them, and silent at one, the intruder. Guess the one whose hidden state,
                   after the LM's final norm, is least like the others. The score is the share of
                   guesses that are right.
-    same token    a harder version: the latent is silent at the intruder, but active where the same
-                  token occurs elsewhere. So the token alone does not give the intruder away.
+    same token    a harder version: the intruder's token is one on which the latent is active in
+                  other places of the text. So the token alone does not give the intruder away.
 
 CE and KL are in nats per token. Baselines give these numbers a scale:
 
@@ -161,7 +162,7 @@ def mean_and_error(values, counted):
 
     Tokens of one row depend on one another, so the error comes from the differences between rows.
     If row i has n_i counted values with the sum s_i, the mean is the ratio sum_i s_i / sum_i n_i.
-    By the delta method, its error is that of the mean over rows of (s_i - mean * n_i) / mean(n_i).
+    By the delta method, row i contributes (s_i - mean * n_i) / mean(n_i) to its error.
     """
     sums = (values.double() * counted).sum(1)  # [rows]
     numbers = counted.double().sum(1)  # [rows]
@@ -229,8 +230,8 @@ class Sample:
         self.errors = defaultdict(Moments)  # by name: y - y_hat of counted tokens
         self.errors_outliers = defaultdict(Moments)  # by name: y - y_hat of outliers
         # For a skip transcoder, the error of each part of y_hat alone: [name, "skip"] has
-        # y - W_skip x, and [name, "latents"] has y - (y_hat - W_skip x). Of these only the variance
-        # is used, not the squares. Constants do not change it, so b_dec may be in either.
+        # y - W_skip x, and [name, "latents"] has y - (y_hat - W_skip x). Each part is judged with
+        # the best constant added, so the variance of these errors is used, not their squares.
         self.errors_alone = defaultdict(Moments)
 
 
@@ -383,7 +384,8 @@ def intruder_weights(active, words, same_token):
     size = int(words.max()) + 1
     active_of_word = words[active].bincount(minlength=size)
     silent_of_word = words.bincount(minlength=size) - active_of_word
-    weight_of_word = active_of_word / silent_of_word.clamp(min=1)  # a word with S = 0 is not drawn
+    # A word without silent places cannot be drawn. The clamp is only against x / 0.
+    weight_of_word = active_of_word / silent_of_word.clamp(min=1)
     return silent * weight_of_word[words]
 
 
@@ -431,29 +433,24 @@ def intruder_found(trials, hidden, mean):
 def summary(found):
     """Return the score and its spread as a dict, from bool [latents, 10].
 
-    The score of fewer than two latents is None.
+    With fewer than two latents all values are None.
     """
     scores = found.double().mean(1)  # [latents]
-    row = {"latents_scored": len(scores)}
-    keys = (
-        "intruder",
-        "intruder_se",
-        "intruder_sd",
-        "intruder_by_quantile",
-        "intruder_histogram",
-    )
-    if len(scores) < 2:
-        return row | dict.fromkeys(keys)
+    error = standard_error(scores)
     right = found.sum(1)  # [latents], from 0 to 10
-    values = (
-        scores.mean().item(),
-        standard_error(scores),
-        scores.std().item(),
+    row = {
+        "intruder": scores.mean().item(),
+        "intruder_se": error,
+        "intruder_sd": error * len(scores) ** 0.5,
         # Trial t is about quintile t mod 5.
-        [found[:, q::QUINTILES].double().mean().item() for q in range(QUINTILES)],
-        (right.bincount(minlength=TRIALS + 1) / len(right)).tolist(),
-    )
-    return row | dict(zip(keys, values))
+        "intruder_by_quantile": [
+            found[:, q::QUINTILES].double().mean().item() for q in range(QUINTILES)
+        ],
+        "intruder_histogram": (right.bincount(minlength=TRIALS + 1) / len(right)).tolist(),
+    }
+    if len(scores) < 2:
+        row = dict.fromkeys(row)
+    return {"latents_scored": len(scores)} | row
 
 
 class Scores:
@@ -560,7 +557,7 @@ def evaluate(config, coders, args):
     words, hidden = tokens[counted], torch.cat(sample.hidden)  # [n] and [n, d]
     mean = hidden.float().mean(0)
     sizes = {name: len(coder.W_dec) for name, coder in (coders | untrained).items()}
-    sizes["neurons"] = patched.neurons.shape[-1]
+    sizes["neurons"] = patched.neurons.shape[-1]  # those of the last batch are still there
     scores = {}
     for name, entries in tqdm(sample.active.items(), "intruder trials", leave=False):
         scores[name] = Scores(entries, sizes[name], words, hidden, mean, args.latents, args.seed)
@@ -686,12 +683,12 @@ def compare(report, arch, other):
     if low >= high:
         return []
     at, random = np.linspace(low, high, 101), np.random.default_rng(0)
-    means = []  # two curves, 1,001 means each: the first without noise, the others with it
+    means = []  # for either curve 1,001 means, of which the first is without noise
     for x, score, error in curves:
         noisy = score + error * random.standard_normal((1000, len(x)))
         interpolated = [np.interp(at, x, heights) for heights in (score, *noisy)]
         means.append(np.mean(interpolated, axis=1))
-    differences = np.subtract(*means)
+    differences = means[0] - means[1]
     difference, error = differences[0], differences[1:].std()
     word = "above" if difference > 0 else "below"
     if abs(difference) < 2 * error:
