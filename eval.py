@@ -17,8 +17,8 @@ EleutherAI's sparsify (see README). For each of them it reports
                   four of them, and silent at one, the intruder. Guess the one whose hidden state,
                   after the LM's final norm, is least like the others. The score is the share of
                   guesses that are right.
-    same token    a harder version: the intruder's token is one on which the latent is active in
-                  other places of the text. So the token alone does not give the intruder away.
+    same token    a harder version: the intruder is a place where the latent is silent, though it is
+                  active on the same token elsewhere. So the token does not give the intruder away.
 
 CE and KL are in nats per token. Baselines give these numbers a scale:
 
@@ -229,9 +229,9 @@ class Sample:
         self.y_all = Moments()  # of counted tokens and outliers
         self.errors = defaultdict(Moments)  # by name: y - y_hat of counted tokens
         self.errors_outliers = defaultdict(Moments)  # by name: y - y_hat of outliers
-        # For a skip transcoder, the error of each part of y_hat alone: [name, "skip"] has
-        # y - W_skip x, and [name, "latents"] has y - (y_hat - W_skip x). Each part is judged with
-        # the best constant added, so the variance of these errors is used, not their squares.
+        # The errors of the two parts of a skip transcoder: [name, "latents"] has y - W_dec z, and
+        # [name, "skip"] has y - W_skip x. Neither has b_dec. Instead, each part is given the best
+        # constant: of these errors the variance is used, not the squares.
         self.errors_alone = defaultdict(Moments)
 
 
@@ -298,9 +298,10 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
             sample.errors[name].add(y - y_hat)
         for name, coder in coders.items():
             if coder.W_skip is not None:
-                with skipcoder.fast_matmuls(device):  # as in coder.decode
+                with skipcoder.fast_matmuls(device):  # as in `predict`
                     skip = F.linear(x, coder.W_skip)
-                sample.errors_alone[name, "latents"].add(y - (y_hats[name] - skip))
+                latents = y_hats[name] - skip - coder.b_dec
+                sample.errors_alone[name, "latents"].add(y - latents)
                 sample.errors_alone[name, "skip"].add(y - skip)
         outlier = ~counted
         outlier[:, 0] = False
@@ -374,9 +375,10 @@ def intruder_weights(active, words, same_token):
     """Return the weight with which each of the n places is drawn as the intruder: [n].
 
     `active` are the places of one latent, and `words` [n] are the token ids at all places. Only
-    silent places have a weight, and it is 1. With `same_token`, a word is drawn in proportion to A,
-    the number of its active places, and then one of its S silent places. So each of these has the
-    weight A / S. All weights are 0 if no word has both kinds of places.
+    silent places have a weight, and it is 1. With `same_token`, intruders have the words of active
+    places, as often as these have them: a word is drawn in proportion to A, the number of its
+    active places, and then one of its S silent places. So each of these has the weight A / S. All
+    weights are 0 if no word has both kinds of places.
     """
     silent = torch.ones(len(words)).index_fill(0, active, 0)
     if not same_token:
@@ -393,8 +395,8 @@ def intruder_trials(places, words, generator, same_token=False):
     """Draw 10 trials for each latent: four places where it is active, and last the intruder.
 
     This is intruder detection (Paulo & Belrose 2025, arXiv 2507.08473): if a latent stands for one
-    thing, the contexts on which it is active resemble one another, and one on which it is silent
-    stands out. Here the judge is the LM under study (see `intruder_found`). `places` has a tensor
+    thing, the places where it is active have similar contexts, and one where it is silent stands
+    out. Here the judge is the LM under study (see `intruder_found`). `places` has a tensor
     for each latent, sorted by act, which is cut into quintiles. Quintile 0 has the largest acts.
     Trial t draws four places of quintile t mod 5, and an intruder by `intruder_weights`.
 
@@ -441,7 +443,7 @@ def summary(found):
     row = {
         "intruder": scores.mean().item(),
         "intruder_se": error,
-        "intruder_sd": error * len(scores) ** 0.5,
+        "intruder_sd": error * len(scores) ** 0.5,  # the standard deviation
         # Trial t is about quintile t mod 5.
         "intruder_by_quantile": [
             found[:, q::QUINTILES].double().mean().item() for q in range(QUINTILES)
@@ -494,7 +496,7 @@ def final_norm(lm):
         parts = list(module.children())
         if any(isinstance(part, nn.ModuleList) for part in parts):
             norms = [part for part in parts if "Norm" in type(part).__name__]
-            return norms[-1] if norms else nn.Identity()
+            return norms[-1] if norms else nn.Identity()  # an earlier one may be of embeddings
 
 
 @torch.no_grad()
@@ -532,7 +534,7 @@ def evaluate(config, coders, args):
 
     # First stage: baselines from training text. With 200 tokens per dimension, overfitting of the
     # affine map costs about 1/200 of its FVU.
-    batches = math.ceil(200 * d / rows / (ctx_len - 1))
+    batches = math.ceil(200 * d / rows / (ctx_len - 1))  # position 0 does not count
     training = tqdm(islice(training, batches), "affine map", batches, leave=False)
     A, b, x_mean, y_mean = fit_affine(patched, training, max_norm, device)
     ks = sorted(coder.k for coder in coders.values())
@@ -556,7 +558,7 @@ def evaluate(config, coders, args):
     tokens, counted = torch.cat(sample.tokens), torch.cat(sample.counted)  # [all rows, T] each
     words, hidden = tokens[counted], torch.cat(sample.hidden)  # [n] and [n, d]
     mean = hidden.float().mean(0)
-    sizes = {name: len(coder.W_dec) for name, coder in (coders | untrained).items()}
+    sizes = dict.fromkeys(coders | untrained, M)
     sizes["neurons"] = patched.neurons.shape[-1]  # those of the last batch are still there
     scores = {}
     for name, entries in tqdm(sample.active.items(), "intruder trials", leave=False):
