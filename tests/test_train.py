@@ -611,10 +611,10 @@ def test_two_processes(tiny, tmp_path):
     assert coders["skip_transcoder"].W_skip.any()
 
 
-# Each process says which one it is. It saves at each step. With "alone" one of them is
-# interrupted while it asks the other one whether to stop, in step 5.
+# Each process says which one it is. It saves at each step. With "alone" the one that saves gets a
+# signal while it asks the other one whether to stop, in step 5, and takes its time to save then.
 SAVING = """
-import os, signal, sys, torch
+import os, signal, sys, time, torch
 print("pid", os.getpid(), flush=True)
 alone = sys.argv.pop(1) == "alone"
 sys.path.insert(0, sys.argv.pop(1))
@@ -627,17 +627,25 @@ def interrupted(tensor):
     if tensor.ndim == 0:
         asked.append(tensor)
         if len(asked) == 5:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
 
-if alone and skipcoder.RANK == 1:
+def slowly(*args):
+    time.sleep(3 * (len(asked) > 5))
+    save_run(*args)
+
+if alone and skipcoder.RANK == 0:
     torch.distributed.all_reduce = interrupted
+    save_run, skipcoder.save_run = skipcoder.save_run, slowly
 skipcoder.main()
 """
 
 
 @pytest.mark.parametrize("reached", ["alone", "torchrun"])
 def test_a_signal_under_torchrun_saves_and_ends_both_processes(tiny, tmp_path, reached):
-    """SIGTERM reaches torchrun, which sends it to both, or SIGINT one of them alone."""
+    """SIGTERM reaches torchrun, which sends it to both, or one of them alone.
+
+    If the other one left before all is saved, torchrun would send SIGTERM once more.
+    """
     (tmp_path / "saving.py").write_text(SAVING)
     out, deadline = tmp_path / "run", time.time() + 90
     args = [*TORCHRUN, tmp_path / "saving.py", reached, ROOT]
