@@ -658,7 +658,9 @@ def test_a_signal_under_torchrun_saves_and_ends_both_processes(tiny, tmp_path, r
         env=ALONE,
         start_new_session=True,
     )
-    pids = [int(process.stdout.readline().split()[1]) for _ in range(2)]
+    lines = [process.stdout.readline(), process.stdout.readline()]
+    assert all(lines), process.communicate()[1]
+    pids = [int(line.split()[1]) for line in lines]
     if reached == "torchrun":
         while not (out / "config.json").exists():
             assert time.time() < deadline and process.poll() is None, "training did not start"
