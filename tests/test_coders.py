@@ -348,7 +348,7 @@ def test_a_dead_latent_has_its_bias_raised_until_it_fires(arch, device):
 
 
 def test_matmuls_in_bfloat16_leave_everything_else_in_float32(monkeypatch):
-    """Where bfloat16 is fast. The numbers are a little off those of float32, and gradients exist."""
+    """Where bfloat16 is fast. The numbers are a little off those of float32."""
     torch.manual_seed(0)
     coder = Coder("skip_transcoder", 16, 64, 4)
     x, y = torch.randn(50, 16), torch.randn(50, 16)
