@@ -396,9 +396,9 @@ def intruder_trials(places, words, generator, same_token=False):
 
     This is intruder detection (Paulo & Belrose 2025, arXiv 2507.08473): if a latent stands for one
     thing, the places where it is active have similar contexts, and one where it is silent stands
-    out. Here the judge is the LM under study (see `intruder_found`). `places` has a tensor
-    for each latent, sorted by act, which is cut into quintiles. Quintile 0 has the largest acts.
-    Trial t draws four places of quintile t mod 5, and an intruder by `intruder_weights`.
+    out. Here the judge is the LM under study (see `intruder_found`). `places` has a tensor for each
+    latent, sorted by act, which is cut into quintiles. Quintile 0 has the largest acts. Trial t
+    draws four places of quintile t mod 5, and an intruder by `intruder_weights`.
 
     Return int [latents, 10, 5], and which latents have trials: bool [latents]. The others, which
     have no possible intruder, have zeros.

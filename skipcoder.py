@@ -172,10 +172,10 @@ class Trainer:
         # Adam changes every number by about lr per step, however large its gradient is. So we
         # multiply lr by the natural size of each parameter: for a bias, the size of what it is
         # added to; for a matrix, the size of its output over the size of its input. (An entry of a
-        # matrix is smaller still, by about d^(1/2). So for their size matrices move faster than
-        # biases, as they would with one lr for all.) The sizes are standard deviations: s_x and s_y
-        # those of the entries of x and y, and s_z that of the pre-activations. A row of W_enc has
-        # length 1 at first, so its pre-activation varies as much as one entry of what it reads.
+        # matrix is smaller still, by about d^(1/2). So for their size, matrices move faster than
+        # biases.) The sizes are standard deviations: s_x and s_y those of the entries of x and y,
+        # and s_z that of the pre-activations. A row of W_enc has length 1 at first, so its
+        # pre-activation varies as much as one entry of what it reads.
         s_x, s_y = (a.var(0, correction=0).mean().sqrt().item() for a in (x, y))
         self.s_z = s_z = s_x if coder.reads == "x" else s_y
         size = {
@@ -379,10 +379,9 @@ def pack_groups(groups, held_out, tokenizer, ctx_len):
             yield {"tokens": row}
 
 
-def token_rows(dataset, subset, tokenizer, ctx_len, batch_size, held_out, seed):
-    """Yield the rows of a data set, which reader processes pack: once, or with a seed for ever."""
+def token_rows(dataset, sources, tokenizer, ctx_len, batch_size, held_out, seed):
+    """Yield the rows of sources, which reader processes pack: once, or with a seed for ever."""
     endless = seed is not None
-    sources = find_sources(dataset, subset)
     if endless:
         random.Random(seed).shuffle(sources)
 
@@ -425,16 +424,18 @@ def token_rows(dataset, subset, tokenizer, ctx_len, batch_size, held_out, seed):
 
 
 def token_batches(dataset, subset, tokenizer, ctx_len, batch_size, held_out=False, seed=None):
-    """Yield batches of tokens [batch_size, ctx_len].
+    """Return an iterator over batches of tokens [batch_size, ctx_len].
 
     For training, pass a seed: rows are then shuffled, text is repeated for ever in a new order
     each time, and each process under torchrun gets its own. Without a seed, the last batch may be
     shorter.
     """
-    # The last batch of each reader may be short, so the rows of all readers are batched anew.
-    rows = token_rows(dataset, subset, tokenizer, ctx_len, batch_size, held_out, seed)
-    while batch := list(islice(rows, batch_size)):
-        yield torch.stack(batch)
+    sources = find_sources(dataset, subset)
+    rows = token_rows(dataset, sources, tokenizer, ctx_len, batch_size, held_out, seed)
+    # The last batch of each reader may be short, so the rows of all readers are batched anew: take
+    # batch_size of them at a time, until there are none.
+    batches = iter(lambda: list(islice(rows, batch_size)), [])
+    return map(torch.stack, batches)
 
 
 def ignore_signals(_reader):
@@ -544,7 +545,7 @@ def train(args):
     finally:
         # Save what was trained, whatever ended the loop, unless it is not finite.
         bar.close()
-        # If a reader was killed, DataLoader's handler of SIGCHLD raises. Not while we save.
+        # If a reader was killed, DataLoader's SIGCHLD handler raises. That may not happen now.
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         finite = all(trainer.is_finite() for trainer in trainers.values())
@@ -922,11 +923,12 @@ def check_hub(dataset):
     """Exit if the hub cannot be reached. (`datasets` would try for half a minute.)"""
     if huggingface_hub.constants.HF_HUB_OFFLINE:  # the data set may be in the cache
         return
-    hint = "without the hub: run tests/tiny_gpt2.py, and pass --model runs/tiny-gpt2"
+    hub = huggingface_hub.constants.ENDPOINT
+    hint = "without it: run tests/tiny_gpt2.py, and pass --model runs/tiny-gpt2"
     hint += " --dataset runs/tiny-gpt2/text.jsonl"
     # Versions of huggingface_hub differ in the HTTP library that they use, and so in its errors.
-    with exit_on_error(f"--dataset {dataset}", hint, errors=Exception):
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    with exit_on_error(f"--dataset {dataset}: no {hub}", hint, errors=Exception):
+        huggingface_hub.get_session().head(hub, timeout=5)
 
 
 def parse(parser):

@@ -262,5 +262,6 @@ def test_a_hub_out_of_reach_is_said_at_once(train_fails, monkeypatch):
         start = time.time()
         line = train_fails("--dataset", "user/data")
     assert time.time() < start + 10
-    assert line.startswith("error: --dataset user/data: ") and "refused" in line
+    assert line.startswith(f"error: --dataset user/data: no http://127.0.0.1:{port}: ")
+    assert "refused" in line
     assert "tests/tiny_gpt2.py" in line and "runs/tiny-gpt2/text.jsonl" in line
