@@ -523,9 +523,9 @@ def evaluate(config, coders, args):
 
     # Load the LM, and start to read both sides of the split.
     tokenizer = skipcoder.load_tokenizer(config["model"])
-    source = args.dataset, args.subset, tokenizer, ctx_len, rows
-    training = skipcoder.token_batches(*source, held_out=False)
-    held_out = skipcoder.token_batches(*source, held_out=True)
+    sources = skipcoder.find_sources(args.dataset, args.subset)
+    training = skipcoder.token_batches(sources, tokenizer, ctx_len, rows, held_out=False)
+    held_out = skipcoder.token_batches(sources, tokenizer, ctx_len, rows, held_out=True)
     lm = skipcoder.load_lm(config["model"], device)
     width = lm.config.get_text_config().hidden_size
     if width != d:

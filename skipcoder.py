@@ -379,10 +379,11 @@ def pack_groups(groups, held_out, tokenizer, ctx_len):
             yield {"tokens": row}
 
 
-def token_rows(dataset, sources, tokenizer, ctx_len, batch_size, held_out, seed):
+def token_rows(sources, tokenizer, ctx_len, batch_size, held_out, seed):
     """Yield the rows of sources, which reader processes pack: once, or with a seed for ever."""
     endless = seed is not None
     if endless:
+        sources = sources.copy()
         random.Random(seed).shuffle(sources)
 
     # Divide the sources into a group for each reader of each process. (A group is packed as one
@@ -420,22 +421,20 @@ def token_rows(dataset, sources, tokenizer, ctx_len, batch_size, held_out, seed)
             raise DataError(f"too little text, its {side} documents have no {ctx_len} tokens")
         if endless and epoch == 0 and RANK == 0:
             size = num_rows * ctx_len * WORLD
-            tqdm.write(f"--dataset {dataset} is repeated: it has {size:,} tokens")
+            tqdm.write(f"--dataset is repeated: it has {size:,} tokens")
 
 
-def token_batches(dataset, subset, tokenizer, ctx_len, batch_size, held_out=False, seed=None):
-    """Return an iterator over batches of tokens [batch_size, ctx_len].
+def token_batches(sources, tokenizer, ctx_len, batch_size, held_out=False, seed=None):
+    """Yield batches of tokens [batch_size, ctx_len] from sources (see `find_sources`).
 
     For training, pass a seed: rows are then shuffled, text is repeated for ever in a new order
     each time, and each process under torchrun gets its own. Without a seed, the last batch may be
     shorter.
     """
-    sources = find_sources(dataset, subset)
-    rows = token_rows(dataset, sources, tokenizer, ctx_len, batch_size, held_out, seed)
-    # The last batch of each reader may be short, so the rows of all readers are batched anew: take
-    # batch_size of them at a time, until there are none.
-    batches = iter(lambda: list(islice(rows, batch_size)), [])
-    return map(torch.stack, batches)
+    # The last batch of each reader may be short, so the rows of all readers are batched anew.
+    rows = token_rows(sources, tokenizer, ctx_len, batch_size, held_out, seed)
+    while batch := list(islice(rows, batch_size)):
+        yield torch.stack(batch)
 
 
 def ignore_signals(_reader):
@@ -466,8 +465,8 @@ def train(args):
     # Start reading text.
     if RANK == 0 and Path(args.dataset).exists():
         tell_what_is_read(Path(args.dataset), tokenizer, args.ctx_len)
-    source = args.dataset, args.subset, tokenizer, args.ctx_len
-    batches = token_batches(*source, args.batch_size // WORLD, seed=args.seed)
+    sources, rows = find_sources(args.dataset, args.subset), args.batch_size // WORLD
+    batches = token_batches(sources, tokenizer, args.ctx_len, rows, seed=args.seed)
 
     # Build the coders. The first batch sets where they start; they are not trained on it.
     step_tokens = args.batch_size * (args.ctx_len - 1)

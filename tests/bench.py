@@ -135,7 +135,8 @@ def prepare(folder: Path, rows: int, device):
         lines = [json.dumps({"text": text}) + "\n" for text in texts[i::5]]
         (folder / f"text{i}.jsonl").write_text("".join(lines))
     tokenizer = tiny_gpt2.train_tokenizer(texts, 8192)
-    batches = skipcoder.token_batches(str(folder), None, tokenizer, CTX_LEN, rows, seed=0)
+    sources = skipcoder.find_sources(folder, None)
+    batches = skipcoder.token_batches(sources, tokenizer, CTX_LEN, rows, seed=0)
 
     GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
     lm = skipcoder.load_lm(str(folder), device)

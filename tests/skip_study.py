@@ -73,12 +73,12 @@ def study(args):
     del blocks[args.layer + 1 :]
     activations = skipcoder.MLPActivations(lm, mlp)
     tokenizer = skipcoder.load_tokenizer(args.model)
-    source = args.dataset, args.subset, tokenizer, args.ctx_len, 4
+    sources = skipcoder.find_sources(args.dataset, args.subset)
 
     def read(number, **side):
         """Return x, y [N, d] of `number` batches."""
-        batches = islice(skipcoder.token_batches(*source, **side), number)
-        pairs = [activations(tokens.to(args.device)) for tokens in batches]
+        batches = skipcoder.token_batches(sources, tokenizer, args.ctx_len, 4, **side)
+        pairs = [activations(tokens.to(args.device)) for tokens in islice(batches, number)]
         return [torch.cat(tensors).cpu() for tensors in zip(*pairs)]
 
     # Least squares needs some 200 tokens for each entry of x, or else it overfits.

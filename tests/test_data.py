@@ -274,7 +274,7 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
     assert len(sources) == 4
     for i, source in enumerate(sources):
         assert list(read_texts([source])) == TEXTS[i::4]
-    batches = token_batches("user/data", "part", Numbers(), 3, 1, held_out=True)
+    batches = token_batches(sources, Numbers(), 3, 1, held_out=True)
     found = [batch[0, 1].item() for batch in batches]
     assert sorted(found) == [i for i, text in enumerate(TEXTS) if is_held_out(text)]
 
@@ -320,7 +320,7 @@ def test_a_very_long_document_reaches_the_tokenizer_in_pieces(tmp_path):
 
 def numbers(path, rows=1, n=None, **options) -> list[int]:
     """Return the documents in order of their rows: n of them, or all."""
-    batches = token_batches(str(path), None, Numbers(), 3, rows, **options)
+    batches = token_batches(find_files(path)[0], Numbers(), 3, rows, **options)
     batches = list(batches if n is None else islice(batches, n // rows))
     end_readers()
     found = torch.cat(batches)
@@ -421,7 +421,7 @@ def test_a_bos_of_number_0_is_one():
 def test_rows_of_a_real_tokenizer(tmp_path, tiny):
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     path = write(tmp_path / "a.jsonl")
-    batches = list(token_batches(str(path), None, tokenizer, 8, 4, held_out=True))
+    batches = list(token_batches([path], tokenizer, 8, 4, held_out=True))
     rows = torch.cat(batches)
     expected = []
     for text in filter(is_held_out, TEXTS):
@@ -446,7 +446,7 @@ def test_batches_are_full_and_that_data_is_repeated_is_said_once(tmp_path, capsy
     for i in range(0, 8 * epoch, epoch):
         assert len(set(found[i : i + epoch])) == epoch, "no row is lost between epochs"
     said = capsys.readouterr().out.strip()
-    assert said == f"--dataset {path} is repeated: it has {3 * epoch:,} tokens"
+    assert said == f"--dataset is repeated: it has {3 * epoch:,} tokens"
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -463,7 +463,7 @@ def test_files_that_are_shorter_than_a_row_share_rows(tmp_path, monkeypatch, tin
     rows = tokens // 31 - cores  # each reader may drop an unfinished row
     assert rows > 0
     seed = None if held_out else 0
-    batches = token_batches(str(tmp_path), None, tokenizer, 32, rows, held_out, seed)
+    batches = token_batches(find_files(tmp_path)[0], tokenizer, 32, rows, held_out, seed)
     assert next(batches).shape == (rows, 32)
 
 
@@ -474,7 +474,7 @@ def test_half_read_parquet_does_not_abort_or_hang_at_exit(tmp_path, tiny):
 from skipcoder import *
 tokenizer = transformers.AutoTokenizer.from_pretrained({str(tiny)!r})
 for seed in (0, None):  # as in training, and as in evaluation
-    print(next(token_batches({str(path)!r}, None, tokenizer, 8, 4, seed=seed)).shape)
+    print(next(token_batches(find_files(Path({str(path)!r}))[0], tokenizer, 8, 4, seed=seed)).shape)
 """
     done = run("-c", code)
     assert done.returncode == 0 and done.stdout.count("torch.Size([4, 8])") == 2, done.stderr

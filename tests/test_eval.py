@@ -23,7 +23,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import eval as evaluation
-from skipcoder import ARCHS, Coder, load_run, token_batches
+from skipcoder import ARCHS, Coder, find_sources, load_run, token_batches
 
 FOLDER = "h.1.mlp"
 
@@ -276,9 +276,9 @@ def by_hand(trained, tiny, device, monkeypatch):
     args.dataset = config["dataset"]
     args.subset = None
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    source = config["dataset"], None, tokenizer, 32, 32
-    kept = torch.cat([*token_batches(*source, held_out=False)])
-    held_out = torch.cat([*token_batches(*source, held_out=True)])
+    sources = find_sources(config["dataset"], None)
+    kept = torch.cat([*token_batches(sources, tokenizer, 32, 32, held_out=False)])
+    held_out = torch.cat([*token_batches(sources, tokenizer, 32, 32, held_out=True)])
     held_out = held_out[:224]  # the first multiple of 32 rows with 6000 tokens
     assert held_out[:, 1:].numel() >= 6000 > held_out[32:, 1:].numel()
 

@@ -156,7 +156,7 @@ def test_what_is_printed(tiny, tmp_path, run_on_a_terminal):
 
     # In the loop, and at its end.
     repeated = [line for line in shown if "is repeated" in line]
-    assert len(repeated) == 1 and repeated[0].startswith(f"--dataset {text} is repeated: it has ")
+    assert len(repeated) == 1 and repeated[0].startswith("--dataset is repeated: it has ")
     *shown, nothing = shown
     assert nothing == "" and len(read_log(out)[-1]["fvu"]) == 3
     *_, bar = check_end(shown, out)
