@@ -17,8 +17,8 @@ EleutherAI's sparsify (see README). For each of them it reports
                   four of them, and silent at one, the intruder. Guess the one whose hidden state,
                   after the LM's final norm, is least like the others. The score is the share of
                   guesses that are right.
-    same token    a harder version: the intruder is a place where the latent is silent, though it is
-                  active on the same token elsewhere. So the token does not give the intruder away.
+    same token    a harder version: the intruder's own token is one that activates the latent at
+                  other places. So the token does not give the intruder away.
 
 CE and KL are in nats per token. Baselines give these numbers a scale:
 
@@ -47,7 +47,7 @@ import re
 import sys
 import textwrap
 from collections import defaultdict
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 
 import numpy as np
@@ -230,8 +230,8 @@ class Sample:
         self.errors = defaultdict(Moments)  # by name: y - y_hat of counted tokens
         self.errors_outliers = defaultdict(Moments)  # by name: y - y_hat of outliers
         # The errors of the two parts of a skip transcoder: [name, "latents"] has y - W_dec z, and
-        # [name, "skip"] has y - W_skip x. Neither has b_dec. Instead, each part is given the best
-        # constant: of these errors the variance is used, not the squares.
+        # [name, "skip"] has y - W_skip x. In place of b_dec, each part is given the constant that
+        # suits it best. So its FVU comes from the variance of these errors, not from their squares.
         self.errors_alone = defaultdict(Moments)
 
 
@@ -375,10 +375,11 @@ def intruder_weights(active, words, same_token):
     """Return the weight with which each of the n places is drawn as the intruder: [n].
 
     `active` are the places of one latent, and `words` [n] are the token ids at all places. Only
-    silent places have a weight, and it is 1. With `same_token`, intruders have the words of active
-    places, as often as these have them: a word is drawn in proportion to A, the number of its
-    active places, and then one of its S silent places. So each of these has the weight A / S. All
-    weights are 0 if no word has both kinds of places.
+    silent places have a weight, and it is 1. With `same_token`, a silent place has a weight only if
+    the latent is active at other places of its word. If a word has A active and S silent places,
+    each of the latter has the weight A / S. So in all a word has the weight A, and intruders have
+    the same words as active places, equally often. All weights are 0 if no word has both kinds of
+    places.
     """
     silent = torch.ones(len(words)).index_fill(0, active, 0)
     if not same_token:
@@ -496,7 +497,8 @@ def final_norm(lm):
         parts = list(module.children())
         if any(isinstance(part, nn.ModuleList) for part in parts):
             norms = [part for part in parts if "Norm" in type(part).__name__]
-            return norms[-1] if norms else nn.Identity()  # an earlier one may be of embeddings
+            # If there are several, the first is that of the embeddings.
+            return norms[-1] if norms else nn.Identity()
 
 
 @torch.no_grad()
@@ -571,7 +573,7 @@ def evaluate(config, coders, args):
     run = {key: config.get(key) for key in IN_REPORT}
     run["hookpoint"] = skipcoder.find_mlp(lm, config["layer"])[0]
     run |= {"num_latents": M, "k": sorted(set(ks)), "baselines_k": k}
-    # These two count held-out tokens, with outliers. (run["tokens"] counts training tokens.)
+    # In `run`, "tokens" and "tokens_trained" count training tokens, the next two held-out tokens.
     run |= {"tokens_asked_for": args.tokens, "tokens_read": sample.y_all.number}
     report = {"tokens": sample.y.number, "run": run}
     predicting = torch.cat(sample.prediction_masks)
@@ -661,42 +663,45 @@ def markdown(cells):
     return "\n".join(lines)
 
 
-def score_curve(report, arch):
-    """Return [3, n]: log CE increase (ascending), score, and its error, of n coders of `arch`."""
-    rows = [row for row in report["coders"].values() if row["arch"] == arch]
-    rows = [row for row in rows if row["intruder"] is not None and row["ce_increase"] > 0]
-    points = sorted((math.log(r["ce_increase"]), r["intruder"], r["intruder_se"]) for r in rows)
-    return np.array(points).reshape(-1, 3).T
+def curve(report, arch):
+    """Return the rows of the coders of `arch` that have both scores, the smallest KL first."""
+    rows = [row for row in report["coders"].values() if row["arch"] == arch and row["kl"] > 0]
+    rows = [row for row in rows if None not in (row["intruder"], row["intruder_same_token"])]
+    return sorted(rows, key=lambda row: row["kl"])
 
 
 def compare(report, arch, other):
-    """Return a list with a sentence on the scores of two architectures at equal CE increase.
+    """Return a list with a sentence on how two architectures differ in their scores at equal KL.
 
-    Each k of an architecture gives a point, (log CE increase, score), and lines between neighbours
-    make a curve. Where both curves exist, take the mean of their difference. Its error comes from
-    1,000 repetitions with normal noise of the size of the scores' own errors. If the curves do not
-    overlap, the list is empty.
+    (KL is never negative, and it has smaller errors than CE increase.) Each k of an architecture
+    gives a point, (log KL, score), and lines between neighbours make a curve. Where both curves
+    exist, take the mean of their difference. Its error comes from 1,000 repetitions with normal
+    noise of the size of the scores' own errors. If the curves do not overlap, the list is empty.
     """
-    curves = [score_curve(report, name) for name in (arch, other)]
-    if not all(len(x) for x, _, _ in curves):
+    curves = curve(report, arch), curve(report, other)
+    if not all(curves):
         return []
-    low = max(x[0] for x, _, _ in curves)
-    high = min(x[-1] for x, _, _ in curves)
+    low = max(rows[0]["kl"] for rows in curves)
+    high = min(rows[-1]["kl"] for rows in curves)
     if low >= high:
         return []
-    at, random = np.linspace(low, high, 101), np.random.default_rng(0)
-    means = []  # for either curve 1,001 means, of which the first is without noise
-    for x, score, error in curves:
-        noisy = score + error * random.standard_normal((1000, len(x)))
-        interpolated = [np.interp(at, x, heights) for heights in (score, *noisy)]
-        means.append(np.mean(interpolated, axis=1))
-    differences = means[0] - means[1]
-    difference, error = differences[0], differences[1:].std()
-    word = "above" if difference > 0 else "below"
-    if abs(difference) < 2 * error:
-        word = "no different from"
-    where = f"At equal CE increase, from {math.exp(low):.2g} to {math.exp(high):.2g} nats"
-    return [f"{where}, {arch} scores {word} {other}: {difference:+.3f} ± {error:.3f}."]
+    at = np.linspace(math.log(low), math.log(high), 101)
+    random = np.random.default_rng(0)
+    results = []
+    for score in ("intruder", "intruder_same_token"):
+        means = []  # of each curve: first without noise, then 1,000 times with noise
+        for rows in curves:
+            log_kl = [math.log(row["kl"]) for row in rows]
+            heights = np.array([row[score] for row in rows])
+            errors = np.array([row[f"{score}_se"] for row in rows])
+            noise = random.standard_normal((1001, len(rows)))
+            noise[0] = 0
+            means.append([np.interp(at, log_kl, line).mean() for line in heights + errors * noise])
+        differences = np.subtract(*means)  # [1001]
+        name, error = COLUMNS[score][0], differences[1:].std()
+        results.append(f"{name} {differences[0]:+.3f} ± {error:.3f}")
+    where = f"At equal KL, from {low:.2g} to {high:.2g} nats"
+    return [f"{where}, {arch} minus {other}: {', '.join(results)}."]
 
 
 HOW_TO_READ = (
@@ -723,7 +728,9 @@ def remarks(report):
         where,
         HOW_TO_READ + f" The baselines of the score have k {run['baselines_k']}.",
     ]
-    lines += compare(report, "transcoder", "sae") + compare(report, "skip_transcoder", "transcoder")
+    archs = dict.fromkeys(row["arch"] for row in report["coders"].values())
+    for other, arch in combinations(archs, 2):
+        lines += compare(report, arch, other)
     for name, row in rows.items():
         if "fvu_skip_alone" in row:
             alone = row["fvu_latents_alone"], row["fvu_skip_alone"]
@@ -764,7 +771,7 @@ def main():
     flag("--latents", type=at_least(1), default=300, help="scored per coder (default 300)")
     flag("--json", type=Path, help="write all numbers to this file")
     flag("--html", type=Path, help="write a page with pictures and the scored latents to this file")
-    flag("--svg", type=Path, help="write the picture of score against CE increase to this file")
+    flag("--svg", type=Path, help="write the picture of scores against KL to this file")
     flag("--seed", type=at_least(0), default=0, help="of the choice of latents and contexts")
     flag("--device", default="auto", help="cpu, cuda, mps, ... (default: the accelerator)")
     flag("--dataset", help="data set to evaluate on (default: the run's)")
@@ -793,7 +800,7 @@ def main():
         elif name == "--html":
             content = page(report, *for_page)
         else:
-            content = chart(report, "ce_increase", "intruder")
+            content = chart(report, "kl", "intruder")
         skipcoder.write(path, content + "\n", f"{name} {path}")
     tables = markdown(table(report, FIDELITY)), markdown(table(report, SCORES))
     notes = [textwrap.fill(line, 100) for line in remarks(report)]
@@ -1018,7 +1025,7 @@ def page(report, tokens, where, scores, promotes, tokenizer):
     rows = report["coders"]
     best = max(rows, key=lambda name: rows[name]["intruder"] or 0)
     data = {"text": list(numbers), "coders": coders, "sizes": sizes, "best": best}
-    pictures = [chart(report, x, "intruder") for x in ("ce_increase", "kl")]
+    pictures = [chart(report, x, "intruder") for x in ("kl", "ce_increase")]
     if len(report["run"]["k"]) > 1:
         pictures.append(chart(report, "l0", "fvu"))
     parts = {

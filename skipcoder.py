@@ -142,7 +142,7 @@ class Coder(nn.Module):
 
 BETAS = (0.9, 0.98)  # of Adam; the usual 0.999 averages over 1,000 steps, half of a short run
 DEAD = 0.02  # a latent is dead once it has been silent for this share of all training steps
-WAKE = 0.03  # per step, a dead latent's bias rises by this share of pre-activations' deviation
+WAKE = 0.03  # a dead latent's bias rises by so many standard deviations of pre-activations a step
 
 # torchrun starts several processes, and each trains on its own part of the text.
 RANK = int(os.environ.get("RANK", "0"))  # the number of this process
@@ -171,11 +171,10 @@ class Trainer:
 
         # Adam changes every number by about lr per step, however large its gradient is. So we
         # multiply lr by the natural size of each parameter: for a bias, the size of what it is
-        # added to; for a matrix, the size of its output over the size of its input. (An entry of a
-        # matrix is smaller still, by about d^(1/2). So for their size, matrices move faster than
-        # biases.) The sizes are standard deviations: s_x and s_y those of the entries of x and y,
-        # and s_z that of the pre-activations. A row of W_enc has length 1 at first, so its
-        # pre-activation varies as much as one entry of what it reads.
+        # added to; for a matrix, the size of its output over the size of its input. The sizes are
+        # standard deviations: s_x and s_y those of the entries of x and y, and s_z that of the
+        # pre-activations. A row of W_enc has length 1 at first, so its pre-activation varies as
+        # much as one entry of what it reads.
         s_x, s_y = (a.var(0, correction=0).mean().sqrt().item() for a in (x, y))
         self.s_z = s_z = s_x if coder.reads == "x" else s_y
         size = {
@@ -357,7 +356,7 @@ def pack(texts, tokenizer, ctx_len):
     """Join texts by EOS and cut them into rows, int64 [ctx_len]; drop the unfinished last row.
 
     Each row begins with BOS, or with EOS if the tokenizer has no BOS, because LMs are trained to
-    find it there. Coders do not use position 0 anyway, so no token of text is lost.
+    find it there. This costs no token of text, since coders leave out position 0 anyway.
     """
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     bos = eos if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -389,14 +388,14 @@ def token_rows(sources, tokenizer, ctx_len, batch_size, held_out, seed):
     # Divide the sources into a group for each reader of each process. (A group is packed as one
     # text, since a file may be shorter than a row.) One core per process is left for training.
     readers = max(1, min(len(sources) // WORLD, os.cpu_count() // WORLD - 1))
-    num_groups = readers * WORLD if len(sources) >= WORLD else len(sources)
+    num_groups = min(readers * WORLD, len(sources))
     groups = [sources[i::num_groups] for i in range(num_groups)]
     # If an argument of the generator is a list, `datasets` gives each reader a part of it.
     kwargs = {"groups": groups, "held_out": held_out, "tokenizer": tokenizer, "ctx_len": ctx_len}
     stream = datasets.IterableDataset.from_generator(pack_groups, gen_kwargs=kwargs)
     if endless:
         stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
-        # Each process gets its own groups. But if there are fewer sources than processes, each
+        # Each process gets its own groups. Only if there are fewer groups than processes, each
         # process reads all of them, and keeps one row in WORLD.
         stream = datasets.distributed.split_dataset_by_node(stream, RANK, WORLD)
     loader = torch.utils.data.DataLoader(
@@ -410,7 +409,7 @@ def token_rows(sources, tokenizer, ctx_len, batch_size, held_out, seed):
 
     epochs = count() if endless else [0]
     for epoch in epochs:
-        # Shuffle anew. (The readers go on running. They see the new epoch in shared memory.)
+        # Shuffle anew. (This reaches the readers, too, which go on running.)
         stream.set_epoch(epoch)
         num_rows = 0
         for batch in loader:
@@ -544,7 +543,7 @@ def train(args):
     finally:
         # Save what was trained, whatever ended the loop, unless it is not finite.
         bar.close()
-        # If a reader was killed, DataLoader's SIGCHLD handler raises. That may not happen now.
+        # If a reader was killed, DataLoader's SIGCHLD handler raises. Now that would end the saving.
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         finite = all(trainer.is_finite() for trainer in trainers.values())
@@ -557,7 +556,8 @@ def train(args):
             print(f"next: python eval.py {args.out} --html page.html")
     if stopped:
         if WORLD > 1:
-            # Wait for the process that saves: torchrun ends all once one of them has ended.
+            # Process 0 comes here only after it has saved. The others wait for it, because
+            # torchrun ends all processes once one of them has ended.
             torch.distributed.all_reduce(torch.zeros(1))
         sys.exit(130)
 
@@ -638,10 +638,10 @@ class TopKEncoder(torch.autograd.Function):
         read, W_enc, indices = ctx.saved_tensors
         k = indices.shape[1]
 
-        # The gradient of row j of W_enc is a weighted sum of `read` over the tokens that use
-        # latent j. So we sort the N * k pairs (token, latent) by latent; those of latent j then
-        # start at first[j]. Here embedding_bag has `read` as its table, and a bag for each latent,
-        # with the tokens that use it. (The sum of an empty bag is zero.)
+        # The gradient of row j of W_enc is a weighted sum of rows of `read`: those of the tokens
+        # that use latent j. So we sort the N * k pairs (token, latent) by latent; those of latent j
+        # then start at first[j]. An embedding_bag sums rows of a table. Here the table is `read`,
+        # and each latent has a bag with its tokens. (The sum of an empty bag is zero.)
         latent, order = indices.flatten().sort()
         first = torch.searchsorted(latent, torch.arange(len(W_enc), device=latent.device))  # [M]
         token = order // k  # pair i belongs to token i // k
@@ -667,7 +667,7 @@ def topk(pre, k):
     N, M = pre.shape
     if M % 8 or M < 8 * k:
         return pre.topk(k, sorted=False)
-    # [N, 8 members, M / 8 groups]: group g holds the entries g, g + M / 8, g + 2 M / 8, ...
+    # [N, 8 members, M / 8 groups]: member m of group g is entry m * (M / 8) + g of its row.
     groups = pre.view(N, 8, M // 8)
     best = groups.amax(1).topk(k, sorted=False).indices  # [N, k] groups
     candidates = groups.gather(2, best[:, None].expand(N, 8, k))  # [N, 8, k] entries
@@ -874,8 +874,8 @@ class DataError(Exception):
     """Text cannot be read."""
 
     def __str__(self):
-        # If a reader process raises it, DataLoader raises it again in this process, with the whole
-        # traceback as its message. The message proper comes last, after "skipcoder.DataError: ".
+        # If a reader process raises it, DataLoader raises it again here. Its message is then the
+        # whole traceback, which ends in "skipcoder.DataError: " and the message proper.
         return super().__str__().strip().split("DataError: ")[-1]
 
 

@@ -789,7 +789,7 @@ def test_promoted_tokens(tiny):
 
 # ---- Sentences ------------------------------------------------------------------------------
 
-# (CE increase, score, its error) of one or two k, in numbers that we make up.
+# (KL, score, its error) of one or two k, in numbers that we make up.
 LINES = {
     "sae": [(0.04, 0.7, 0.01), (0.01, 0.6, 0.05)],
     "transcoder": [(0.02, 0.8, 0.02), (0.002, 0.8, 0.04)],
@@ -800,23 +800,25 @@ LINES = {
 def made_up() -> dict:
     rows = {}
     for arch, line in LINES.items():
-        for k, (ce_increase, score, error) in zip((8, 64), line):
-            row = {"arch": arch, "k": k, "ce_increase": ce_increase}
-            rows[f"{arch}-k{k}"] = row | {"intruder": score, "intruder_se": error}
+        for k, (kl, score, error) in zip((8, 64), line):
+            row = {"arch": arch, "k": k, "kl": kl, "intruder": score, "intruder_se": error}
+            row |= {"intruder_same_token": score / 2, "intruder_same_token_se": 0.0}
+            rows[f"{arch}-k{k}"] = row
     return {"coders": rows, "baselines": {}}
 
 
-def test_scores_are_compared_at_equal_ce_increase():
+def test_scores_are_compared_at_equal_kl():
     """Where the lines overlap, from .01 to .02.
 
-    The SAE's is .6 to .65 there, and .625 in the mean over log CE.
+    The SAE's is .6 to .65 there, and .625 in the mean over log KL.
     """
     report = made_up()
     (sentence,) = evaluation.compare(report, "transcoder", "sae")
     numbers = map(float, re.findall(r"[-+]?\d*\.\d+", sentence))
-    low, high, difference, error = numbers
-    assert (low, high) == (0.01, 0.02) and " above " in sentence
+    low, high, difference, error, harder, no_error = numbers
+    assert (low, high) == (0.01, 0.02) and ", transcoder minus sae: intruder +" in sentence
     assert difference == pytest.approx(0.175, abs=1e-3)
+    assert harder == pytest.approx(0.175 / 2, abs=1e-3) and no_error == 0
 
     # Both lines are straight there, so the mean is the score in the middle of the overlap. That
     # lies at these shares of the way from the lower to the higher point.
@@ -827,11 +829,11 @@ def test_scores_are_compared_at_equal_ce_increase():
     assert error == pytest.approx(math.sqrt(variance), rel=0.1)
 
     (sentence,) = evaluation.compare(report, "sae", "transcoder")
-    assert " below " in sentence and "-0.175" in sentence
+    assert "sae minus transcoder: intruder -0.175" in sentence
     assert evaluation.compare(report, "skip_transcoder", "transcoder") == []  # one k is no line
-    for k in (8, 64):
-        report["coders"][f"transcoder-k{k}"]["intruder"] = 0.625
-    assert "no different from" in evaluation.compare(report, "transcoder", "sae")[0]
+    for k in (8, 64):  # without two points of a score, there is no line either
+        report["coders"][f"sae-k{k}"]["intruder_same_token"] = None
+        assert evaluation.compare(report, "transcoder", "sae") == []
 
 
 EVIL = '<script>alert(1)</script><b>bold</b> <!-- </script> & "quotes" \x07 é 日本\t\n'
