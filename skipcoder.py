@@ -20,9 +20,9 @@ training minimises the fraction of the variance of y that is left unexplained:
     FVU = sum |y - y_hat|^2 / sum |y - mean(y)|^2
 
 Paper: "Transcoders Beat Sparse Autoencoders for Interpretability", Paulo, Shabalin & Belrose,
-arXiv 2501.18823 (section 2). Our training differs from it in two ways, which the README measures:
-each parameter has a learning rate that fits its scale, and the biases of dead latents are raised.
-Both are in `Trainer`.
+arXiv 2501.18823 (section 2). Our training differs from it in three ways, which the README measures:
+pre-activations start with mean zero (see `Coder.start`), each parameter has a learning rate that
+fits its scale, and the biases of dead latents are raised (see `Trainer`).
 
 `Coder` and `Trainer` are the method. The sections on activations, text and training feed them. The
 sections after those may be skipped: a faster version of the encoder, then files, errors and flags.
