@@ -731,13 +731,16 @@ def remarks(report):
     archs = dict.fromkeys(row["arch"] for row in report["coders"].values())
     for other, arch in combinations(archs, 2):
         lines += compare(report, arch, other)
-    for name, row in rows.items():
-        if "fvu_skip_alone" in row:
-            alone = row["fvu_latents_alone"], row["fvu_skip_alone"]
-            lines.append(
-                f"Each part of {name} alone, with the best constant: FVU {alone[0]:.4f} of the"
-                f" latents, {alone[1]:.4f} of the skip connection."
-            )
+    parts = [
+        f"{name} {row['fvu_latents_alone']:.4f} and {row['fvu_skip_alone']:.4f}"
+        for name, row in rows.items()
+        if "fvu_skip_alone" in row
+    ]
+    if parts:
+        lines.append(
+            "FVU of the latents alone and of the skip connection alone, each with the best"
+            f" constant: {', '.join(parts)}."
+        )
     left_out = report["outliers"]
     if left_out["tokens"] > 0:
         fvu_all = [f"{n} {row['fvu_all']:.4f}" for n, row in rows.items() if "fvu_all" in row]
