@@ -543,7 +543,7 @@ def train(args):
     finally:
         # Save what was trained, whatever ended the loop, unless it is not finite.
         bar.close()
-        # If a reader was killed, DataLoader's SIGCHLD handler raises. Now that would end the saving.
+        # Switch off DataLoader's SIGCHLD handler, which raises if a reader was killed.
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         finite = all(trainer.is_finite() for trainer in trainers.values())
