@@ -300,7 +300,7 @@ def read_held_out(patched, batches, coders, baselines, max_norm):
             if coder.W_skip is not None:
                 with skipcoder.fast_matmuls(device):  # as in `predict`
                     skip = F.linear(x, coder.W_skip)
-                latents = y_hats[name] - skip - coder.b_dec
+                latents = y_hats[name] - skip - coder.b_dec  # W_dec z
                 sample.errors_alone[name, "latents"].add(y - latents)
                 sample.errors_alone[name, "skip"].add(y - skip)
         outlier = ~counted
@@ -377,8 +377,8 @@ def intruder_weights(active, words, same_token):
     `active` are the places of one latent, and `words` [n] are the token ids at all places. Only
     silent places have a weight, and it is 1. With `same_token`, a silent place has a weight only if
     the latent is active at other places of its word. If a word has A active and S silent places,
-    each of the latter has the weight A / S. So in all a word has the weight A, and intruders have
-    the same words as active places, equally often. All weights are 0 if no word has both kinds of
+    each silent one has the weight A / S. Together they have the weight A, so intruders have the
+    same words as active places, equally often. All weights are 0 if no word has both kinds of
     places.
     """
     silent = torch.ones(len(words)).index_fill(0, active, 0)
@@ -469,9 +469,10 @@ class Scores:
         self.active = ActiveTokens(entries, num_latents, len(words))
         self.latents = self.active.draw(wanted, generator)
         places = [self.active.places[j] for j in self.latents]
-        # These are possible for all latents that were drawn, since each is silent somewhere.
+        # All latents that were drawn have such trials, since each is silent somewhere.
         trials, _ = intruder_trials(places, words, generator)
         self.found = intruder_found(trials, hidden, mean)  # bool [latents, 10]
+        # But not all have these.
         trials, self.has_same_token = intruder_trials(places, words, generator, same_token=True)
         self.found_same_token = intruder_found(trials, hidden, mean)
 
@@ -573,7 +574,8 @@ def evaluate(config, coders, args):
     run = {key: config.get(key) for key in IN_REPORT}
     run["hookpoint"] = skipcoder.find_mlp(lm, config["layer"])[0]
     run |= {"num_latents": M, "k": sorted(set(ks)), "baselines_k": k}
-    # In `run`, "tokens" and "tokens_trained" count training tokens, the next two held-out tokens.
+    # In `run`, "tokens" and "tokens_trained" count training tokens. These two count held-out
+    # tokens with outliers, and report["tokens"] those without.
     run |= {"tokens_asked_for": args.tokens, "tokens_read": sample.y_all.number}
     report = {"tokens": sample.y.number, "run": run}
     predicting = torch.cat(sample.prediction_masks)

@@ -424,7 +424,7 @@ def token_rows(sources, tokenizer, ctx_len, batch_size, held_out, seed):
 
 
 def token_batches(sources, tokenizer, ctx_len, batch_size, held_out=False, seed=None):
-    """Yield batches of tokens [batch_size, ctx_len] from sources (see `find_sources`).
+    """Yield batches of tokens [batch_size, ctx_len] from sources: files, or shards on the hub.
 
     For training, pass a seed: rows are then shuffled, text is repeated for ever in a new order
     each time, and each process under torchrun gets its own. Without a seed, the last batch may be
@@ -557,7 +557,7 @@ def train(args):
     if stopped:
         if WORLD > 1:
             # Process 0 comes here only after it has saved. The others wait for it, because
-            # torchrun ends all processes once one of them has ended.
+            # torchrun ends all processes once one of them has failed, as exit code 130 says.
             torch.distributed.all_reduce(torch.zeros(1))
         sys.exit(130)
 
@@ -659,10 +659,10 @@ class TopKEncoder(torch.autograd.Function):
 def topk(pre, k):
     """Return pre.topk(k) for pre [N, M], unsorted, in 50 to 80% of its time.
 
-    Divide a row into M / 8 groups of 8 entries, and take the k groups with the largest maxima. An
-    entry of any other group is at most as large as the maximum of its group, and so at most as
-    large as each of the k maxima. So the k groups hold the k largest entries, and only these groups
-    are searched.
+    Divide a row into M / 8 groups of 8 entries, which stand M / 8 apart. Take the k groups with the
+    largest maxima. An entry of any other group is at most as large as the maximum of its group, and
+    so at most as large as each of the k maxima. So the k groups hold the k largest entries, and
+    only these groups are searched.
     """
     N, M = pre.shape
     if M % 8 or M < 8 * k:

@@ -7,12 +7,11 @@
 
 An example of how to ask a question with skipcoder.py, whose flags it has. It adds architectures:
 skip transcoders whose W_skip starts as one of these maps, and is trained or stays so ("frozen").
+At the end W_skip x is compared with what these maps write, and the best map to what latents leave.
 
     zero           trained, this is the skip transcoder of the paper; frozen, it is no skip at all
     least_squares  the W with which W x + b has the smallest squared error
     jacobian       the MLP's derivative dy/dx, averaged over tokens
-
-At the end W_skip x is compared with what these maps write, and the best map to what latents leave.
 """
 
 import sys
@@ -47,13 +46,10 @@ class Arm(skipcoder.Coder):
 
 
 def least_squares(x, y):
-    """Return the W [d, d] with which W x + b predicts y best, for x, y [N, d].
-
-    The norm before the MLP leaves nearly no variance of x in one direction. There the entries of W
-    would be huge and mean nothing, so a little variance is added.
-    """
+    """Return the W [d, d] with which W x + b predicts y best, for x, y [N, d]."""
     x, y = (x - x.mean(0)).double(), (y - y.mean(0)).double()
     xx, xy = x.T @ x, x.T @ y
+    # The norm before the MLP leaves nearly no variance of x in one direction: add a little.
     xx += 1e-3 * xx.diagonal().mean() * torch.eye(len(xx))
     return torch.linalg.solve(xx, xy).T.float()
 
