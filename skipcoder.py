@@ -464,7 +464,8 @@ def train(args):
     # Start reading text.
     if RANK == 0 and Path(args.dataset).exists():
         tell_what_is_read(Path(args.dataset), tokenizer, args.ctx_len)
-    sources, rows = find_sources(args.dataset, args.subset), args.batch_size // WORLD
+    sources = find_sources(args.dataset, args.subset)
+    rows = args.batch_size // WORLD  # in a batch of this process
     batches = token_batches(sources, tokenizer, args.ctx_len, rows, seed=args.seed)
 
     # Build the coders. The first batch sets where they start; they are not trained on it.
