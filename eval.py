@@ -1063,7 +1063,7 @@ PAGE = """<!doctype html>
   }
 }
 body {
-  max-width: 64rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere;
+  max-width: 76rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere;
   font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
 }
 h1 { font-size: 1.3rem }
@@ -1073,7 +1073,7 @@ a { color: var(--link) }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 1px }
 
 #pictures {
-  display: grid; grid-template-columns: repeat(auto-fit, minmax(27rem, 1fr)); gap: 1rem;
+  display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem;
   margin-bottom: 1rem;
 }
 #pictures svg { width: 100%; height: auto }

@@ -147,6 +147,9 @@ def prepare(folder: Path, rows: int, device):
 
 def start_sparsify(python: str, rows: int, device):
     """Start the other library, and return a function that times one of its steps."""
+    errors = OSError, subprocess.CalledProcessError
+    with skipcoder.exit_on_error("--sparsify", "pass a Python that has eai-sparsify", errors):
+        subprocess.run([python, "-c", "import sparsify"], check=True, capture_output=True)
     process = subprocess.Popen(
         [python, "-c", SPARSIFY, str(rows), device.type],
         stdin=subprocess.PIPE,
