@@ -783,6 +783,8 @@ def main():
     flag("--subset", help="configuration of that data set")
     args = skipcoder.parse(parser)  # turns --device into a torch.device
     args.tokens = math.ceil(args.tokens)
+    if args.tokens > 16_000_000:  # `multinomial`, which draws intruders, takes at most 2**24
+        sys.exit(f"error: --tokens {args.tokens}: pass at most 16000000")
     config, coders = skipcoder.load_run(args.run, args.device)
     if args.dataset is None:
         args.dataset = config["dataset"]

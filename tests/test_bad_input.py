@@ -78,6 +78,7 @@ def test_flags(train_fails, flag, value, says):
 
 
 def test_flags_of_eval(capfd, trained, tmp_path):
+    assert "at most" in fails(evaluation, capfd, trained, "--tokens", 2e7)
     values = {
         "--tokens": 0,
         "--latents": 0,
