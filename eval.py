@@ -196,8 +196,8 @@ def fit_affine(patched, batches, max_norm, device):
         counted = counted_tokens(patched.y, max_norm)
         x = F.pad(patched.x[counted], (0, 1), value=1)  # [n, d + 1]
         y = patched.y[counted]
-        batch = x.T @ torch.cat([x, y], 1)
-        products = products + batch.cpu().double()
+        products_of_batch = x.T @ torch.cat([x, y], 1)
+        products = products + products_of_batch.cpu().double()
     d = y.shape[1]
     xx, xy = products.split([d + 1, d], dim=1)
     ridge = 1e-6 * xx.diagonal().mean() * torch.eye(d + 1, dtype=torch.float64)
@@ -229,9 +229,9 @@ class Sample:
         self.y_all = Moments()  # of counted tokens and outliers
         self.errors = defaultdict(Moments)  # by name: y - y_hat of counted tokens
         self.errors_outliers = defaultdict(Moments)  # by name: y - y_hat of outliers
-        # The errors of the two parts of a skip transcoder: [name, "latents"] has y - W_dec z, and
-        # [name, "skip"] has y - W_skip x. In place of b_dec, each part is given the constant that
-        # suits it best. So its FVU comes from the variance of these errors, not from their squares.
+        # What each part of a skip transcoder leaves of y, without b_dec: [name, "latents"] has
+        # y - W_dec z, and [name, "skip"] has y - W_skip x. The variance of this is the squared
+        # error that the part has with the constant that suits it best. So FVU comes from it.
         self.errors_alone = defaultdict(Moments)
 
 
@@ -377,9 +377,9 @@ def intruder_weights(active, words, same_token):
     `active` are the places of one latent, and `words` [n] are the token ids at all places. Only
     silent places have a weight, and it is 1. With `same_token`, a silent place has a weight only if
     the latent is active at other places of its word. If a word has A active and S silent places,
-    each silent one has the weight A / S. Together they have the weight A, so intruders have the
-    same words as active places, equally often. All weights are 0 if no word has both kinds of
-    places.
+    each silent one has the weight A / S. The silent places of a word then have the weight A
+    together, so its share of the intruders is its share of the active places. (Words that are never
+    silent are left out.) All weights are 0 if no word has both kinds of places.
     """
     silent = torch.ones(len(words)).index_fill(0, active, 0)
     if not same_token:
@@ -498,7 +498,7 @@ def final_norm(lm):
         parts = list(module.children())
         if any(isinstance(part, nn.ModuleList) for part in parts):
             norms = [part for part in parts if "Norm" in type(part).__name__]
-            # If there are several, the first is that of the embeddings.
+            # If there are several, the last is the final one. (The first is of the embeddings.)
             return norms[-1] if norms else nn.Identity()
 
 
@@ -537,8 +537,8 @@ def evaluate(config, coders, args):
 
     # First stage: baselines from training text. With 200 tokens per dimension, overfitting of the
     # affine map costs about 1/200 of its FVU.
-    batches = math.ceil(200 * d / rows / (ctx_len - 1))  # position 0 does not count
-    training = tqdm(islice(training, batches), "affine map", batches, leave=False)
+    number = math.ceil(200 * d / rows / (ctx_len - 1))  # of batches; position 0 does not count
+    training = tqdm(islice(training, number), "affine map", number, leave=False)
     A, b, x_mean, y_mean = fit_affine(patched, training, max_norm, device)
     ks = sorted(coder.k for coder in coders.values())
     k = ks[len(ks) // 2]  # the median
@@ -553,8 +553,8 @@ def evaluate(config, coders, args):
     baselines = {"A": A, "b": b, "y_mean": y_mean, "untrained": untrained, "k": k}
 
     # Second stage: one pass over held-out text.
-    batches = math.ceil(args.tokens / rows / (ctx_len - 1))
-    held_out = tqdm(islice(held_out, batches), "held-out text", batches, leave=False)
+    number = math.ceil(args.tokens / rows / (ctx_len - 1))
+    held_out = tqdm(islice(held_out, number), "held-out text", number, leave=False)
     sample = read_held_out(patched, held_out, coders, baselines, max_norm)
 
     # Third stage: intruder scores.
@@ -574,8 +574,8 @@ def evaluate(config, coders, args):
     run = {key: config.get(key) for key in IN_REPORT}
     run["hookpoint"] = skipcoder.find_mlp(lm, config["layer"])[0]
     run |= {"num_latents": M, "k": sorted(set(ks)), "baselines_k": k}
-    # In `run`, "tokens" and "tokens_trained" count training tokens. These two count held-out
-    # tokens with outliers, and report["tokens"] those without.
+    # "tokens" and "tokens_trained" in `run` are about training. "tokens_asked_for" and
+    # "tokens_read" are held-out tokens with outliers, and report["tokens"] are those without.
     run |= {"tokens_asked_for": args.tokens, "tokens_read": sample.y_all.number}
     report = {"tokens": sample.y.number, "run": run}
     predicting = torch.cat(sample.prediction_masks)
@@ -636,7 +636,7 @@ def cell(row, key):
         return ""
     if form == "bars":  # a histogram
         return "".join(BARS[math.ceil(8 * share / max(value))] for share in value)
-    if form == "±":  # rounded so that the error has two significant digits
+    if form == "±":  # the error has two significant digits: 3 digits if it is 0.012
         error = row[f"{key}_se"]
         digits = 1 - math.floor(math.log10(error)) if error > 0 else 4
         return f"{value:.{digits}f} ± {error:.{digits}f}"
@@ -666,7 +666,7 @@ def markdown(cells):
 
 
 def curve(report, arch):
-    """Return the rows of the coders of `arch` that have both scores, the smallest KL first."""
+    """Return the rows of the coders of `arch` with both scores and a KL above 0, sorted by KL."""
     rows = [row for row in report["coders"].values() if row["arch"] == arch and row["kl"] > 0]
     rows = [row for row in rows if None not in (row["intruder"], row["intruder_same_token"])]
     return sorted(rows, key=lambda row: row["kl"])
@@ -731,7 +731,7 @@ def remarks(report):
         HOW_TO_READ + f" The baselines of the score have k {run['baselines_k']}.",
     ]
     archs = dict.fromkeys(row["arch"] for row in report["coders"].values())
-    for other, arch in combinations(archs, 2):
+    for other, arch in combinations(archs, 2):  # such as: transcoder minus sae
         lines += compare(report, arch, other)
     parts = [
         f"{name} {row['fvu_latents_alone']:.4f} and {row['fvu_skip_alone']:.4f}"
@@ -836,9 +836,11 @@ AXES = {
     "intruder": "intruder score (↑ better)",
 }
 
-# A picture is 440 pixels wide. These are the edges of its plot: baselines have their names beside.
+# A picture is 440 pixels wide. These are the edges of its plot. (Right of it are the names of
+# baselines.)
 LEFT, RIGHT, BOTTOM = 46, 328, 282
-LABEL = (14, 12), (14, -12), (-14, -12), (-14, 12)  # where k stands, for each architecture
+# How far from a coder's point its k is written: (x, y), for the first architecture and so on.
+LABEL = (14, 12), (14, -12), (-14, -12), (-14, 12)
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 440 326" width="440" height="326"
 role="img" fill="currentColor"><style>
 svg { color: #1b1b1f; background: #fdfdfc }
@@ -868,7 +870,8 @@ def axis(numbers, start, end):
     least_span = 0 if log else max(high, -low) / 2
     scale = math.log10 if log else float
     low, high = scale(low), scale(high)
-    # The margin at either end is 8% of the span, or more where the span would be too small.
+    # The margin at either end is 8% of the span, or more where the span would be too small. (It
+    # would be 0 if all numbers are 0.)
     margin = max(0.08 * (high - low), (least_span - (high - low)) / 2) or 1
     low, high = low - margin, high + margin
 
@@ -877,7 +880,7 @@ def axis(numbers, start, end):
         step = next(step for step in marks if 5 * step >= high - low)
         marks = [step * i for i in range(int(low / step) - 1, int(high / step) + 2)]
     marks = [mark for mark in marks if low <= scale(mark) <= high]
-    if len(marks) > 7:  # too many to stand beside one another: one for each power of ten
+    if len(marks) > 7:  # too many to stand beside one another (on a logarithmic axis)
         marks = marks[::3]
     pixels = (end - start) / (high - low)
     return lambda number: round(start + pixels * (scale(number) - low), 1), marks
@@ -965,6 +968,7 @@ def legible(tokenizer, tokens):
     A character that several tokens share stands at the last of them, and the others are empty.
     """
     # At the start of a text a SentencePiece tokenizer drops a token's space: put an "a" first.
+    # (It may itself put a space before the "a", as another token.)
     a = tokenizer.encode("a", add_special_tokens=False)[-1:]
     start, texts, held = len(tokenizer.decode(a)), [], []
     for token in tokens:
@@ -984,11 +988,12 @@ ON_PAGE = 2000  # latents in all, which keeps the page under 4 MB
 AROUND = 12  # tokens on each side of the token that a context is about
 
 
-def contexts(active, acts, words, width):
+def contexts(active, acts, texts, width):
     """Return four contexts with the latent's largest acts, and the middle one of each lower fifth.
 
-    active [m] says where in `words` the latent is active, and a row has `width` words. A context is
-    (index of the peak, words, for each word a digit for its act, relative to the largest, a 9).
+    `texts` has the number of each token's text, and a row has `width` tokens. active [m] says at
+    which tokens the latent is active. A context is (index of the peak, texts, for each token a
+    digit for its act, relative to the largest, a 9).
     """
     digits = (acts / acts.max() * 9).ceil().int()
     digit = dict(zip(active.tolist(), digits.tolist()))
@@ -998,7 +1003,7 @@ def contexts(active, acts, words, width):
         row = peak - peak % width
         window = range(max(peak - AROUND, row), min(peak + AROUND + 1, row + width))
         levels = "".join(str(digit.get(i, 0)) for i in window)
-        found.append((window.index(peak), [words[i] for i in window], levels))
+        found.append((window.index(peak), [texts[i] for i in window], levels))
     return found
 
 
@@ -1011,7 +1016,7 @@ def page(report, tokens, where, scores, promotes, tokenizer):
     """
     # Each text of a token is on the page only once. A new one gets the next number.
     numbers = defaultdict(lambda: len(numbers))
-    words = [numbers[word] for row in tokens.tolist() for word in legible(tokenizer, row)]
+    texts = [numbers[text] for row in tokens.tolist() for text in legible(tokenizer, row)]
     coders, sizes = {}, {}
     for name, judged in scores.items():
         active = judged.active
@@ -1022,12 +1027,12 @@ def page(report, tokens, where, scores, promotes, tokenizer):
             if judged.has_same_token[i]:
                 same_token = judged.found_same_token[i].double().mean().item()
             about = score, active.density[latent].item(), acts[0].item(), same_token
-            lines = contexts(where[places], acts, words, tokens.shape[1])
+            lines = contexts(where[places], acts, texts, tokens.shape[1])
             # Leave out promoted tokens with nothing to see.
-            best = promotes[name][i].tolist() if name in promotes else []
-            texts = [legible(tokenizer, [token])[0] for token in best]
-            texts = [numbers[text] for text in texts if not re.fullmatch(EMPTY, text)]
-            coders[name].append((latent, *about, lines, texts))
+            top = promotes[name][i].tolist() if name in promotes else []
+            top = [legible(tokenizer, [token])[0] for token in top]
+            top = [numbers[text] for text in top if not re.fullmatch(EMPTY, text)]
+            coders[name].append((latent, *about, lines, top))
 
     rows = report["coders"]
     best = max(rows, key=lambda name: rows[name]["intruder"] or 0)

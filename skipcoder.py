@@ -142,7 +142,7 @@ class Coder(nn.Module):
 
 BETAS = (0.9, 0.98)  # of Adam; the usual 0.999 averages over 1,000 steps, half of a short run
 DEAD = 0.02  # a latent is dead once it has been silent for this share of all training steps
-WAKE = 0.03  # a dead latent's bias rises by so many standard deviations of pre-activations a step
+WAKE = 0.03  # in each step a dead latent's bias rises by this many standard deviations (see s_z)
 
 # torchrun starts several processes, and each trains on its own part of the text.
 RANK = int(os.environ.get("RANK", "0"))  # the number of this process
@@ -170,21 +170,21 @@ class Trainer:
         coder.start(x, y)
 
         # Adam changes every number by about lr per step, however large its gradient is. So we
-        # multiply lr by the natural size of each parameter: for a bias, the size of what it is
-        # added to; for a matrix, the size of its output over the size of its input. The sizes are
-        # standard deviations: s_x and s_y those of the entries of x and y, and s_z that of the
-        # pre-activations. A row of W_enc has length 1 at first, so its pre-activation varies as
-        # much as one entry of what it reads.
+        # multiply lr by a scale: for a bias, the size of what it is added to; for a matrix, the
+        # size of its output over the size of its input. The sizes are standard deviations of single
+        # entries: s_x those of x, s_y those of y, and s_z those of pre-activations.
         s_x, s_y = (a.var(0, correction=0).mean().sqrt().item() for a in (x, y))
+        # A row of W_enc has length 1 at first, so a pre-activation varies as much as one entry of
+        # what it reads.
         self.s_z = s_z = s_x if coder.reads == "x" else s_y
-        size = {
+        scale = {
             "W_enc": 1,  # maps what is read to pre-activations of the same size
             "b_enc": s_z,
             "W_dec": s_y / s_z,  # maps latents to y
             "b_dec": s_y,
             "W_skip": s_y / s_x,  # maps x to y
         }
-        groups = [{"params": [p], "size": size[name]} for name, p in coder.named_parameters()]
+        groups = [{"params": [p], "scale": scale[name]} for name, p in coder.named_parameters()]
         self.optimizer = torch.optim.Adam(groups, lr=lr, betas=BETAS, fused=True)
 
         M = len(coder.W_enc)
@@ -223,7 +223,7 @@ class Trainer:
         # 4. Update the parameters. The autoencoder's W_dec rows stay on the unit sphere: make
         #    their gradient tangent to it before the step, and their length 1 after it.
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * lr_factor * group["size"]
+            group["lr"] = self.lr * lr_factor * group["scale"]
         if coder.unit_rows:
             radial = torch.linalg.vecdot(coder.W_dec.grad, coder.W_dec.detach())  # [M]
             coder.W_dec.grad -= radial[:, None] * coder.W_dec.detach()
@@ -231,9 +231,9 @@ class Trainer:
         if coder.unit_rows:
             coder.W_dec.data /= coder.W_dec.data.norm(dim=1, keepdim=True)
 
-        # 5. Raise the biases of dead latents until they are active again, by less and less as the
-        #    learning rate falls. Without this up to a third of the latents die. A drawback: latents
-        #    that are rightly rare fire too often. (Bias adaptation, arXiv 2506.14002, is related.)
+        # 5. Raise the biases of dead latents until they are active again. Without this up to a
+        #    third of the latents die. A drawback: latents that are rightly rare fire too often.
+        #    (Bias adaptation, arXiv 2506.14002, is related.)
         self.silent = torch.where(act_sums > 0, 0, self.silent + 1)
         coder.b_enc.data += WAKE * self.s_z * lr_factor * self.dead()
 
@@ -307,7 +307,7 @@ class MLPActivations:
         self.lm, self.mlp, self.max_norm = lm, mlp, max_norm
 
     def hook(self, mlp, args, output):
-        if len(args) != 1 or not isinstance(output, Tensor):  # BLOOM's also takes the residual
+        if len(args) != 1 or not isinstance(output, Tensor):  # BLOOM's MLP takes the residual, too
             sys.exit(f"error: --model: {type(mlp).__name__} does not map one tensor to another")
         if self.y is not None:  # as in an LM that loops over its blocks
             sys.exit(f"error: --model: {type(mlp).__name__} runs more than once for a token")
@@ -333,7 +333,7 @@ class MLPActivations:
 
 # ---- Text: documents -> one side of the split -> packed rows -> shuffled -> batches ----------
 
-LONGEST = 100_000  # characters; longer documents are cut before they are tokenised
+LONGEST = 100_000  # characters; longer documents are tokenised in pieces
 SHUFFLE_ROWS = 2048  # rows are drawn from a pool of this size; without shuffling FVU rose by 17%
 
 
@@ -379,14 +379,15 @@ def pack_groups(groups, held_out, tokenizer, ctx_len):
 
 
 def token_rows(sources, tokenizer, ctx_len, batch_size, held_out, seed):
-    """Yield the rows of sources, which reader processes pack: once, or with a seed for ever."""
+    """Yield the rows that reader processes pack. With a seed, they never end."""
     endless = seed is not None
     if endless:
         sources = sources.copy()
         random.Random(seed).shuffle(sources)
 
-    # Divide the sources into a group for each reader of each process. (A group is packed as one
-    # text, since a file may be shorter than a row.) One core per process is left for training.
+    # Divide the sources into a group for each reader of each process. Their number is a multiple of
+    # WORLD, unless there are too few sources. (A group is packed as one text, since a file may be
+    # shorter than a row.) One core per process is left for training.
     readers = max(1, min(len(sources) // WORLD, os.cpu_count() // WORLD - 1))
     num_groups = min(readers * WORLD, len(sources))
     groups = [sources[i::num_groups] for i in range(num_groups)]
@@ -395,8 +396,8 @@ def token_rows(sources, tokenizer, ctx_len, batch_size, held_out, seed):
     stream = datasets.IterableDataset.from_generator(pack_groups, gen_kwargs=kwargs)
     if endless:
         stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
-        # Each process gets its own groups. Only if there are fewer groups than processes, each
-        # process reads all of them, and keeps one row in WORLD.
+        # Each process gets its own groups. If their number is no multiple of WORLD, each process
+        # reads all of them instead, and keeps one row in WORLD.
         stream = datasets.distributed.split_dataset_by_node(stream, RANK, WORLD)
     loader = torch.utils.data.DataLoader(
         stream,
@@ -557,8 +558,8 @@ def train(args):
             print(f"next: python eval.py {args.out} --html page.html")
     if stopped:
         if WORLD > 1:
-            # Process 0 comes here only after it has saved. The others wait for it, because
-            # torchrun ends all processes once one of them has failed, as exit code 130 says.
+            # Exit code 130 counts as a failure, and torchrun ends all processes as soon as one
+            # fails. So all wait here for process 0, which comes only after it has saved.
             torch.distributed.all_reduce(torch.zeros(1))
         sys.exit(130)
 
@@ -587,8 +588,8 @@ def check_sizes(args, d, M):
 def stop_on_signals():
     """Catch Ctrl-C and SIGTERM, and return a function that says whether to stop.
 
-    The first signal is to end the run after the current step. A second one ends it at once: it
-    raises KeyboardInterrupt.
+    The first signal is to end the run after the current step. A second one of its kind raises
+    KeyboardInterrupt, which ends it at once.
     """
     received = []
 
@@ -642,7 +643,7 @@ class TopKEncoder(torch.autograd.Function):
         # The gradient of row j of W_enc is a weighted sum of rows of `read`: those of the tokens
         # that use latent j. So we sort the N * k pairs (token, latent) by latent; those of latent j
         # then start at first[j]. An embedding_bag sums rows of a table. Here the table is `read`,
-        # and each latent has a bag with its tokens. (The sum of an empty bag is zero.)
+        # and bag j is token[first[j] : first[j + 1]]. (The sum of an empty bag is zero.)
         latent, order = indices.flatten().sort()
         first = torch.searchsorted(latent, torch.arange(len(W_enc), device=latent.device))  # [M]
         token = order // k  # pair i belongs to token i // k
@@ -661,9 +662,8 @@ def topk(pre, k):
     """Return pre.topk(k) for pre [N, M], unsorted, in 50 to 80% of its time.
 
     Divide a row into M / 8 groups of 8 entries, which stand M / 8 apart. Take the k groups with the
-    largest maxima. An entry of any other group is at most as large as the maximum of its group, and
-    so at most as large as each of the k maxima. So the k groups hold the k largest entries, and
-    only these groups are searched.
+    largest maxima. No entry of another group is larger than any of these k maxima. So the k groups
+    hold the k largest entries, and only these groups are searched.
     """
     N, M = pre.shape
     if M % 8 or M < 8 * k:
@@ -748,7 +748,7 @@ def read_texts(sources):
             for number, record in enumerate(read_records(source)):
                 text = record
                 if isinstance(record, dict):
-                    # A record may have no text. But if the first has none, none will.
+                    # Later records may lack a text. If the first does, the column is missing.
                     if number == 0 and "text" not in record:
                         raise ValueError("there is no column 'text'")
                     text = record.get("text")
@@ -884,7 +884,8 @@ class DataError(Exception):
 def exit_on_error(flag, hint, errors=LIBRARY_ERRORS):
     """Turn what a library raises for bad input into one line on stderr, and end the program.
 
-    Use it around calls of libraries only: an error in our own code must stay a traceback.
+    Use it around calls of libraries, or for DataError: an error in our own code must stay a
+    traceback.
     """
     try:
         yield
@@ -940,7 +941,7 @@ def parse(parser):
     transformers.logging.disable_progress_bar()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a console without "→" prints "?"
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: there is nothing to save yet
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program without a traceback
     return args
 
 
@@ -957,7 +958,7 @@ def main():
         "--k", type=at_least(1), nargs="+", default=[32], help="active latents; a coder for each k"
     )
     flag("--tokens", type=at_least(1, float), default=5e7, help="default 50 million")
-    # (eval.py needs rows with BOS, a token, and a next one that is predicted.)
+    # (At least 3, as eval.py needs BOS, a token, and a next one that is predicted.)
     flag("--ctx-len", type=at_least(3), help="tokens in a row (default 256, or the LM's limit)")
     flag("--batch-size", type=at_least(1), help="rows per step (default: see README, Recipe)")
     flag("--lr", type=at_least(1e-9, float), help="of Adam (default: see README, Recipe)")

@@ -573,7 +573,7 @@ def step_of_both(one, arch):  # in one process
         (error / variance).backward()
         one.sums += torch.stack([error.detach(), variance])
     for group in one.optimizer.param_groups:
-        group["lr"] = 1e-2 * group["size"]
+        group["lr"] = 1e-2 * group["scale"]
     W = one.coder.W_dec
     if arch == "sae":
         W.grad -= (W.grad * W.data).sum(1, keepdim=True) * W.data
