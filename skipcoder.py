@@ -231,8 +231,8 @@ class Trainer:
         if coder.unit_rows:
             coder.W_dec.data /= coder.W_dec.data.norm(dim=1, keepdim=True)
 
-        # 5. Raise the biases of dead latents until they are active again. Without this up to a
-        #    third of the latents die. A drawback: latents that are rightly rare fire too often.
+        # 5. Raise the biases of dead latents until they are active again. Without this up to half
+        #    of the latents die. A drawback: latents that are rightly rare fire too often.
         #    (Bias adaptation, arXiv 2506.14002, is related.)
         self.silent = torch.where(act_sums > 0, 0, self.silent + 1)
         coder.b_enc.data += WAKE * self.s_z * lr_factor * self.dead()
