@@ -36,7 +36,7 @@ def run_block(code: str, folder, **names) -> dict:
 
 
 def test_the_block_on_load_run(trained, tiny, tmp_path):
-    code = block_after("`load_run` works from any folder")
+    code = block_after("## Use a coder elsewhere")
     for theirs, ours in {
         "path/to/skipcoder": str(ROOT),
         "runs/gpt2-layer6": str(trained),
