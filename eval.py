@@ -1083,7 +1083,7 @@ a { color: var(--link) }
   display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem;
   margin-bottom: 1rem;
 }
-#pictures svg { width: 100%; height: auto }
+#pictures svg { width: 100%; max-width: 32rem; height: auto }
 @media (max-width: 30rem) { #pictures { grid-template-columns: 100% } }
 
 /* What is too wide scrolls sideways, and its first column stays where it is. */
