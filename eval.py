@@ -636,7 +636,7 @@ def cell(row, key):
         return ""
     if form == "bars":  # a histogram
         return "".join(BARS[math.ceil(8 * share / max(value))] for share in value)
-    if form == "±":  # the error has two significant digits: 3 digits if it is 0.012
+    if form == "±":  # rounded so that the error has two significant digits, as in 0.345 ± 0.012
         error = row[f"{key}_se"]
         digits = 1 - math.floor(math.log10(error)) if error > 0 else 4
         return f"{value:.{digits}f} ± {error:.{digits}f}"
@@ -783,7 +783,8 @@ def main():
     flag("--subset", help="configuration of that data set")
     args = skipcoder.parse(parser)  # turns --device into a torch.device
     args.tokens = math.ceil(args.tokens)
-    if args.tokens > 16_000_000:  # `multinomial`, which draws intruders, takes at most 2**24
+    # `multinomial`, which draws intruders, takes at most 2**24 (and some more tokens may be read).
+    if args.tokens > 16_000_000:
         sys.exit(f"error: --tokens {args.tokens}: pass at most 16000000")
     config, coders = skipcoder.load_run(args.run, args.device)
     if args.dataset is None:
@@ -880,7 +881,7 @@ def axis(numbers, start, end):
         step = next(step for step in marks if 5 * step >= high - low)
         marks = [step * i for i in range(int(low / step) - 1, int(high / step) + 2)]
     marks = [mark for mark in marks if low <= scale(mark) <= high]
-    if len(marks) > 7:  # too many to stand beside one another (on a logarithmic axis)
+    if len(marks) > 7:  # too many, as on a long logarithmic axis: keep one a decade
         marks = marks[::3]
     pixels = (end - start) / (high - low)
     return lambda number: round(start + pixels * (scale(number) - low), 1), marks

@@ -231,9 +231,9 @@ class Trainer:
         if coder.unit_rows:
             coder.W_dec.data /= coder.W_dec.data.norm(dim=1, keepdim=True)
 
-        # 5. Raise the biases of dead latents until they are active again. Without this up to half
-        #    of the latents die. A drawback: latents that are rightly rare fire too often.
-        #    (Bias adaptation, arXiv 2506.14002, is related.)
+        # 5. Raise the biases of dead latents until they are active again. (The raises shrink as the
+        #    learning rate falls.) Without this up to half of the latents die. A drawback: latents
+        #    that are rightly rare fire too often. Bias adaptation, arXiv 2506.14002, is related.
         self.silent = torch.where(act_sums > 0, 0, self.silent + 1)
         coder.b_enc.data += WAKE * self.s_z * lr_factor * self.dead()
 
@@ -385,9 +385,9 @@ def token_rows(sources, tokenizer, ctx_len, batch_size, held_out, seed):
         sources = sources.copy()
         random.Random(seed).shuffle(sources)
 
-    # Divide the sources into a group for each reader of each process. Their number is a multiple of
-    # WORLD, unless there are too few sources. (A group is packed as one text, since a file may be
-    # shorter than a row.) One core per process is left for training.
+    # Divide the sources into a group for each reader of each process. The number of groups is a
+    # multiple of WORLD, unless there are too few sources. (A group is packed as one text, since a
+    # file may be shorter than a row.) One core per process is left for training.
     readers = max(1, min(len(sources) // WORLD, os.cpu_count() // WORLD - 1))
     num_groups = min(readers * WORLD, len(sources))
     groups = [sources[i::num_groups] for i in range(num_groups)]
