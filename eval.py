@@ -144,15 +144,13 @@ def mean_and_error(values):
     return values.mean().item(), values.std().item() / len(values) ** 0.5
 
 
-def mean_over_rows(values, counted):
-    """Return the mean of the counted values and its standard error; both inputs are [rows, n].
+def mean_over_rows(sums, numbers):
+    """Return the mean of all values and its standard error, from sums and numbers of rows, [rows].
 
     Tokens of one row depend on one another, so the error comes from the differences between rows.
-    If row i has n_i counted values with the sum s_i, the mean is the ratio sum_i s_i / sum_i n_i.
-    By the delta method, row i contributes (s_i - mean * n_i) / mean(n_i) to its error.
+    If row i has n_i values with the sum s_i, the mean is the ratio sum_i s_i / sum_i n_i. By the
+    delta method, row i contributes (s_i - mean * n_i) / mean(n_i) to its error.
     """
-    sums = (values.double() * counted).sum(1)  # [rows]
-    numbers = counted.double().sum(1)  # [rows]
     mean = (sums.sum() / numbers.sum()).item()
     return mean, mean_and_error((sums - mean * numbers) / numbers.mean())[1]
 
@@ -234,12 +232,11 @@ class Sample:
         self.counted = []  # bool [rows, T]: which of all tokens count
         self.hidden = []  # [n, d]: the LM's last hidden states at places
         self.active = defaultdict(list)  # by name: (place, latent, act) of all active latents
-        self.y = Moments()  # at places
-        self.y_all = Moments()  # at places and of outliers
+        self.y, self.y_all = Moments(), Moments()  # at places; at places and of outliers
         self.errors = defaultdict(float)  # by name: sum |y - y_hat|^2 over places
-        self.errors_outliers = defaultdict(float)  # by name: the same over outliers
-        # For those rows with predictions: which positions count, and the losses there, [rows, T].
-        self.predicting, self.ce, self.kl = [], defaultdict(list), defaultdict(list)
+        self.errors_all = defaultdict(float)  # by name: the same over places and outliers
+        # For batches with predictions: how many count in each row, and the sums of their losses.
+        self.predictions, self.ce, self.kl = [], defaultdict(list), defaultdict(list)  # [rows] each
 
 
 def active_entries(acts, indices, first_place):
@@ -257,88 +254,78 @@ def read_held_out(patched, batches, coders, untrained, baselines, k, max_norm):
     every = max(1, len(batches) * rows * (T - 2) // CE_TOKENS)  # batches; one of them has CE and KL
     width = max(1, LOGITS // len(patched.weight) // rows)  # positions predicted at a time
 
-    def predict(x, y, tokens):
-        """Return the outputs of each coder, and y_hat of the coders and baselines, by name."""
-        # Coders get both x and y, since the autoencoder reads y and the transcoders read x.
-        with skipcoder.fast_matmuls(device):
-            coded = {name: coder(x, y) for name, coder in coders.items()}
-        y_hats = {name: y_hat for name, (y_hat, _, _) in coded.items()}
-        return coded, y_hats | baselines.predict(x, tokens)
-
     for number, tokens in enumerate(tqdm(batches, "held-out text", leave=False)):
-        # The clean LM.
+        # The clean LM. Position 0 never counts, so x and y are without it.
         tokens = tokens.to(device)
         patched(tokens, positions=slice(0))
-        x_rows, y_rows = patched.x, patched.y  # [rows, T, d] each
+        y_rows = patched.y  # [rows, T, d]
+        x, y = patched.x[:, 1:].flatten(0, 1), y_rows[:, 1:].flatten(0, 1)  # [rows * (T - 1), d]
         counted = counted_tokens(y_rows, max_norm)  # [rows, T]
-        x, y = x_rows[counted], y_rows[counted]  # [n, d] each
+        inlier = counted[:, 1:].flatten()  # [rows * (T - 1)]
         first_place = sample.y.number  # the number of tokens counted so far
         sample.counted.append(counted.cpu())
         sample.hidden.append(patched.hidden[counted].bfloat16().cpu())
 
         # The active latents of the coders and of untrained ones, and the top neurons.
-        coded, y_hats = predict(x, y, tokens[counted])
-        entries = {name: (acts, indices) for name, (_, acts, indices) in coded.items()}
         with skipcoder.fast_matmuls(device):
-            entries |= {name: coder.encode(x, y) for name, coder in untrained.items()}
-        neurons = patched.neurons[counted]  # [n, number of neurons]
+            # Coders get both x and y, since the autoencoder reads y and the transcoders read x.
+            coded = {name: coder(x, y) for name, coder in coders.items()}
+            entries = {name: coder.encode(x, y) for name, coder in untrained.items()}
+        entries |= {name: (acts, indices) for name, (_, acts, indices) in coded.items()}
+        neurons = patched.neurons[:, 1:].flatten(0, 1)  # [rows * (T - 1), number of neurons]
         entries["neurons"] = neurons.topk(min(k, neurons.shape[1]))  # as acts and indices
         for name, (acts, indices) in entries.items():
-            sample.active[name].append(active_entries(acts, indices, first_place))
+            found = active_entries(acts[inlier], indices[inlier], first_place)
+            sample.active[name].append(found)
 
         # The variance of y, and the errors. The mean of the training text is subtracted from y for
         # precision alone: this changes no variance, and sums of smaller numbers lose fewer digits.
-        sample.y.add(y - baselines.y_mean)
+        sample.y.add((y - baselines.y_mean)[inlier])
         sample.y_all.add(y - baselines.y_mean)
+        y_hats = {name: y_hat for name, (y_hat, _, _) in coded.items()}
+        y_hats |= baselines.predict(x, tokens[:, 1:].flatten())
         for name, y_hat in y_hats.items():
-            sample.errors[name] += (y - y_hat).square().sum().item()
-        outlier = ~counted
-        outlier[:, 0] = False
-        if outlier.any():
-            x_out, y_out = x_rows[outlier], y_rows[outlier]
-            sample.y_all.add(y_out - baselines.y_mean)
-            for name, y_hat in predict(x_out, y_out, tokens[outlier])[1].items():
-                sample.errors_outliers[name] += (y_out - y_hat).square().sum().item()
+            error = (y - y_hat).square().sum(1)
+            sample.errors[name] += error[inlier].sum().item()
+            sample.errors_all[name] += error.sum().item()
 
         # Predictions of the LM with each y_hat in the MLP's place, against the clean ones.
         if number % every:
             continue
-        predicting = counted.clone()
-        predicting[:, -1] = False
-        sample.predicting.append(predicting.cpu())
-        outputs = {}
+        outputs = {"clean": None}
         for name, y_hat in y_hats.items():
             outputs[name] = y_rows.clone()
-            outputs[name][counted] = y_hat
-            sample.kl[name].append(torch.zeros(len(tokens), T))
-        for name in ("clean", *outputs):
-            sample.ce[name].append(torch.zeros(len(tokens), T))
+            outputs[name][counted] = y_hat[inlier]
+        sums = {name: torch.zeros(2, len(tokens), dtype=torch.float64) for name in outputs}
         for start in range(1, T - 1, width):
             end = min(start + width, T - 1)
+            predicted = counted[:, start:end].cpu()
             following = tokens[:, start + 1 : end + 1, None]
-            log_p = patched(tokens, None, slice(start, end))
+            log_p = patched(tokens, positions=slice(start, end))
             p = log_p.exp()
-            sample.ce["clean"][-1][:, start:end] = -log_p.gather(-1, following)[..., 0].cpu()
             for name, output in outputs.items():
-                log_q = patched(tokens, output, slice(start, end))
-                sample.ce[name][-1][:, start:end] = -log_q.gather(-1, following)[..., 0].cpu()
+                log_q = log_p if output is None else patched(tokens, output, slice(start, end))
+                ce = -log_q.gather(-1, following)[..., 0]
                 kl = torch.linalg.vecdot(p, log_p - log_q)
-                sample.kl[name][-1][:, start:end] = kl.cpu()
+                sums[name] += (torch.stack([ce, kl]).cpu().double() * predicted).sum(-1)
+        sample.predictions.append(counted[:, 1:-1].sum(1).cpu())
+        for name, (ce, kl) in sums.items():
+            sample.ce[name].append(ce)
+            sample.kl[name].append(kl)
     return sample
 
 
 def losses(sample, name):
     """Return FVU, CE and KL of what stood in the MLP's place under this name."""
-    counted = torch.cat(sample.predicting)
+    numbers = torch.cat(sample.predictions).double()
     ce, clean, ablated = (torch.cat(sample.ce[key]) for key in (name, "clean", "mean"))
-    increase, increase_se = mean_over_rows(ce - clean, counted)
-    harm, harm_se = mean_over_rows(ablated - clean, counted)
-    kl, kl_se = mean_over_rows(torch.cat(sample.kl[name]), counted)
-    error = sample.errors[name]
+    increase, increase_se = mean_over_rows(ce - clean, numbers)
+    harm, harm_se = mean_over_rows(ablated - clean, numbers)
+    kl, kl_se = mean_over_rows(torch.cat(sample.kl[name]), numbers)
     return {
-        "fvu": error / sample.y.variance(),
-        "fvu_all": (error + sample.errors_outliers[name]) / sample.y_all.variance(),
-        "ce": mean_over_rows(ce, counted)[0],
+        "fvu": sample.errors[name] / sample.y.variance(),
+        "fvu_all": sample.errors_all[name] / sample.y_all.variance(),
+        "ce": mean_over_rows(ce, numbers)[0],
         "ce_increase": increase,
         "ce_increase_se": increase_se,
         # How much of the harm that the mean of y does is avoided, if it does any.
@@ -593,8 +580,7 @@ def evaluate(config, coders, args):
     run = config | {"hookpoint": patched.hookpoint, "evaluated_on": args.dataset}
     run |= {"evaluated_subset": args.subset, "baselines_k": k, "baselines_tokens": trained_on}
     report = {"tokens": n, "tokens_asked_for": args.tokens, "run": run}
-    clean, predicting = torch.cat(sample.ce["clean"]), torch.cat(sample.predicting)
-    report["clean_ce"] = mean_over_rows(clean, predicting)[0]
+    report["clean_ce"] = losses(sample, "clean")["ce"]
     report["mean_ablated_ce"] = losses(sample, "mean")["ce"]
     report["zero_ablated_ce"] = losses(sample, "zero")["ce"]
     report["outliers"] = {

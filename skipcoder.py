@@ -249,7 +249,7 @@ DATA_HINT = (
     "pass a name on the hub, or a file or folder of .parquet, .jsonl or .txt, compressed or not."
     " Without the hub, run python tests/demo.py"
 )
-LIBRARY_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
+LIBRARY_ERRORS = (OSError, ValueError, KeyError, EOFError, ImportError, SafetensorError)
 
 
 class DataError(Exception):
@@ -363,7 +363,7 @@ def read_jsonl(file):
             if line.strip():
                 record = json.loads(line)
                 yield record["text"] if number == 1 else record.get("text")
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise DataError(f"line {number} is no JSON object with a text: {line[:60]!r}") from None
 
 
@@ -403,7 +403,9 @@ def find_sources(dataset, subset):
 def read_source(source):
     """Yield the text of each document of a file or a shard, or None if it has none."""
     if isinstance(source, datasets.IterableDataset):
-        yield from (record["text"] for record in source)
+        # (Not record by record: in a reader, that would split each shard between all readers.)
+        for batch in source.iter(100):
+            yield from batch["text"]
     else:
         with fsspec.filesystem("file").open(source, compression="infer") as file:
             yield from FORMATS[file_format(source)](file)
@@ -488,9 +490,8 @@ def token_rows(sources, tokenizer, ctx_len, batch_size, held_out, seed):
         stream = datasets.distributed.split_dataset_by_node(stream, RANK, WORLD)
     # Rows come from a reader in batches, since one by one is slow.
     options = {"batch_size": batch_size, "prefetch_factor": 16, "persistent_workers": endless}
-    loader = torch.utils.data.DataLoader(
-        stream, num_workers=readers, worker_init_fn=start_reader, **options
-    )
+    options |= {"num_workers": readers, "worker_init_fn": start_reader}
+    loader = torch.utils.data.DataLoader(stream, **options)
 
     for epoch in count() if endless else [0]:
         stream.set_epoch(epoch)  # shuffles anew, in the readers, too, which go on running
@@ -616,7 +617,8 @@ def train(args):
         for number in STOP:
             signal.signal(number, signal.SIG_IGN)
         bar.close()
-        if RANK == 0 and config["tokens_trained"] > 0:
+        finite = all(p.isfinite().all() for coder in coders.values() for p in coder.parameters())
+        if RANK == 0 and config["tokens_trained"] > 0 and finite:
             for trainer in trainers.values():
                 trainer.normalize()
             save_run(config, coders)
@@ -678,8 +680,6 @@ FILE_NAMES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}  # as in Eleut
 
 def save_run(config, coders):
     """Write config.json, and a folder for each coder in the format of EleutherAI's sparsify."""
-    if not all(p.isfinite().all() for coder in coders.values() for p in coder.parameters()):
-        sys.exit("error: the coders are not finite, so they are not saved (see --model and --lr)")
     contents = {}
     for name, coder in coders.items():
         spec = ARCHS[coder.arch]
@@ -797,17 +797,13 @@ def main():
     flag("--subset", help="configuration of a hub data set (default sample-10BT, for FineWeb)")
     flag("--arch", nargs="+", choices=ARCHS, default=list(ARCHS), help="default: all three")
     flag("--expansion", type=at_least(1), default=32, help="latents M = expansion * d (default 32)")
-    flag(
-        "--k", type=at_least(1), nargs="+", default=[32], help="active latents; a coder for each k"
-    )
+    flag("--k", type=at_least(1), nargs="+", default=[32], help="active latents, a coder for each")
     flag("--tokens", type=at_least(1, float), default=5e7, help="default 50 million")
     # (At least 3, as eval.py needs BOS, a token, and a next one that is predicted.)
     flag("--ctx-len", type=at_least(3), help="tokens in a row (default 256, or the LM's limit)")
     flag("--batch-size", type=at_least(1), help="rows per step (default: see README, Recipe)")
     flag("--lr", type=at_least(1e-9, float), help="of Adam (default: see README, Recipe)")
-    flag(
-        "--seed", type=at_least(0), default=0, help="for initial weights and shuffling (default 0)"
-    )
+    flag("--seed", type=at_least(0), default=0, help="of weights and shuffling (default 0)")
     flag("--device", default="auto", help="cpu, cuda, cuda:1, mps, ... (default: the accelerator)")
     flag("--out", type=Path, help="run directory (default runs/<model>-layer<L>)")
     flag("--overwrite", action="store_true", help="replace the run in --out")

@@ -11,7 +11,10 @@ that eval.py reads it takes, and its peak memory. Not a test.
 """
 
 import argparse
+import ctypes
 import json
+import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -22,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import tiny_gpt2
+import demo
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -130,11 +133,11 @@ def time_eval(argv: list[str]):
 
 def prepare(folder: Path, rows: int, device):
     """Return an iterator over batches of tokens, and the activations of a random GPT-2."""
-    texts = tiny_gpt2.documents()
+    texts = demo.documents()
     for i in range(5):
         lines = [json.dumps({"text": text}) + "\n" for text in texts[i::5]]
         (folder / f"text{i}.jsonl").write_text("".join(lines))
-    tokenizer = tiny_gpt2.train_tokenizer(texts, 8192)
+    tokenizer = demo.train_tokenizer(texts, 8192)
     sources = skipcoder.find_sources(folder, None)
     batches = skipcoder.token_batches(sources, tokenizer, CTX_LEN, rows, seed=0)
 
@@ -150,8 +153,11 @@ def start_sparsify(python: str, rows: int, device):
     errors = OSError, subprocess.CalledProcessError
     with skipcoder.exit_on_error("--sparsify", "pass a Python that has eai-sparsify", errors):
         subprocess.run([python, "-c", "import sparsify"], check=True, capture_output=True)
+    # With glibc set as skipcoder.py sets it, or else a part of what is compared would be that.
+    memory = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
     process = subprocess.Popen(
         [python, "-c", SPARSIFY, str(rows), device.type],
+        env=os.environ | memory,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -169,6 +175,9 @@ def start_sparsify(python: str, rows: int, device):
 
 
 def time_training(tokens_per_step: int, steps: int, sparsify: str | None, folder: Path):
+    if platform.libc_ver()[0] == "glibc":  # as in skipcoder.train
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     device = pick_device()
     dtype = torch.bfloat16 if skipcoder.fast_bfloat16(device) else torch.float32
     rows = tokens_per_step // CTX_LEN
@@ -178,7 +187,7 @@ def time_training(tokens_per_step: int, steps: int, sparsify: str | None, folder
     trainers = {}
     for arch in ARCHS:
         coder = Coder(arch, D, M, K).to(device)
-        trainers[arch] = Trainer(coder, x, y, 1e-4, 1e9)
+        trainers[arch] = Trainer(coder, x, y, 1e-4)
     threads = torch.get_num_threads()
     print(f"{device}, {threads} threads, matmuls in {dtype}; {tokens} tokens a step")
 

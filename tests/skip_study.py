@@ -12,9 +12,10 @@ skip transcoders whose W_skip starts as one of these maps, and is trained or sta
     least_squares  the W with which W x + b has the smallest squared error
     jacobian       the MLP's derivative dy/dx, averaged over tokens
 
-The prediction is y_hat = W_dec z + W_skip x + b_dec, and y = y_hat + residual. Least squares from x
-to y, "LS" below, is the sum of W_skip and of the best maps from x to W_dec z and to the residual. So
-the first says what the latents take over linearly, and the second what neither they nor W_skip do.
+y = W_dec z + W_skip x + b_dec + residual, and each of these parts has a best affine map from x. R2
+is the share of its variance that this map explains. The maps of all parts add up to that of y, and
+the last three columns say which share of it is W_skip's, the latents' and the residual's. (A part
+that undoes another has a negative share.)
 """
 
 import math
@@ -24,7 +25,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
-import torch.nn.functional as F
 import transformers
 
 import eval as evaluation
@@ -50,13 +50,9 @@ class Arm(skipcoder.Coder):
             self.arch = "skip_transcoder"  # for eval.py it is an ordinary one
 
 
-def centre(a):
-    return a - a.mean(0)  # constants are b_dec's affair
-
-
 def least_squares(x, y):
     """Return the W [d, d] with which W x + b predicts y best, for x, y [N, d]."""
-    x, y = centre(x).double(), centre(y).double()
+    x, y = (x - x.mean(0)).double(), (y - y.mean(0)).double()
     xx = x.T @ x
     # The norm before the MLP leaves no variance of x in one direction: add a little.
     xx += 1e-6 * xx.diagonal().mean() * torch.eye(len(xx))
@@ -71,26 +67,31 @@ def jacobian(mlp, x):
     return torch.stack(rows).cpu()
 
 
+def inner(a, b):
+    """Return the inner product of a, b [N, d], both less their means (constants are b_dec's)."""
+    return ((a - a.mean(0)) * (b - b.mean(0))).sum(1).double().sum().item()
+
+
 def share(part, whole):
-    """Return the variance of `part` [N, d] over that of `whole` [N, d]."""
-    return centre(part).square().sum() / centre(whole).square().sum()
+    return inner(part, part) / inner(whole, whole)
 
 
 def cosine(a, b):
-    return F.cosine_similarity(centre(a).flatten(), centre(b).flatten(), dim=0)
+    return inner(a, b) / math.sqrt(inner(a, a) * inner(b, b) or 1)
 
 
-def predict(coder, x, y):
-    """Return y_hat, and its parts W_dec z and W_skip x, [N, d] each."""
+def split(coder, x, y):
+    """Return W_skip x, W_dec z and the residual, [N, d] each."""
     y_hat = torch.cat([coder(*chunk)[0] for chunk in zip(x.split(1000), y.split(1000))])
     skip = x @ coder.W_skip.T
-    return y_hat, y_hat - skip - coder.b_dec, skip
+    return skip, y_hat - coder.b_dec - skip, y - y_hat
 
 
-def print_table(heading, names, rows):
-    print(f"\n{heading}\n" + " ".join(name.rjust(15) for name in ["", *names]))
-    for arm, numbers in rows.items():
-        print(arm.ljust(21), " ".join(f"{number:.4f}".rjust(15) for number in numbers))
+def print_table(rows):
+    """Print a dict of numbers for each arm."""
+    print("\n" + " ".ljust(21), *(name.rjust(11) for name in rows[PAPER]))
+    for arm, row in rows.items():
+        print(arm.ljust(21), *(f"{number:11.4f}" for number in row.values()))
 
 
 def study(args):
@@ -121,32 +122,31 @@ def study(args):
     # Maps are fitted on every other batch of held-out text. The numbers come from those between.
     held_out = list(islice(skipcoder.token_batches(*options, held_out=True), 2 * number))
     fitted, (x, y) = read(held_out[::2]), read(held_out[1::2])
-    y_LS = x @ least_squares(*fitted).T
+    of_y = x @ least_squares(*fitted).T
     _, coders = skipcoder.load_run(args.out)
-    errors, fvu, cosines, linear = {}, {}, {}, {}
+    errors, table, linear = {}, {}, {}
     for arm, coder in coders.items():
-        y_hat, latents, skip = predict(coder, x, y)
-        errors[arm] = (y - y_hat).square().sum(1) / centre(y).square().sum(1).mean()  # [N]
-        more = [part.mean() for part in (errors[arm] - errors[PAPER]).split(1000)]
-        more = evaluation.mean_and_error(torch.stack(more))
-        fvu[arm] = errors[arm].mean(), *more, share(y - latents, y), share(y - skip, y)
-        cosines[arm] = [cosine(skip, x @ W.T) for W in MAPS.values()]
+        skip, latents, residual = split(coder, x, y)
+        errors[arm] = residual.square().sum(1) / inner(y, y) * len(y)  # [N], its mean is the FVU
+        more = (errors[arm] - errors[PAPER]).split(1000)
+        more, error = evaluation.mean_and_error(torch.stack([part.mean() for part in more]))
+        table[arm] = {"FVU": errors[arm].mean(), "- paper's": more, "error": error}
+        # FVU of a part alone, with the best constant. Cosines of W_skip x with what maps write.
+        table[arm] |= {"of latents": share(y - latents, y), "of W_skip": share(y - skip, y)}
+        table[arm] |= {f"cos {name[:6]}": cosine(skip, x @ W.T) for name, W in MAPS.items()}
 
-        # The best maps from x to W_dec z and, as all maps add up to least squares, to the residual.
-        of_latents = x @ least_squares(fitted[0], predict(coder, *fitted)[1]).T
-        of_residual = y_LS - skip - of_latents
-        linear[arm] = [1 - share(latents - of_latents, latents)]
-        linear[arm] += [1 - share(y - y_hat - of_residual, y - y_hat)]
-        linear[arm] += [cosine(of_latents, y_LS - skip)]
-        for part in (skip, of_latents, of_residual):
-            linear[arm].append((centre(part) * centre(y_LS)).sum() / centre(y_LS).square().sum())
-
-    names = ["FVU", "above paper's", "± error", "of latents alone", "of skip alone"]
-    print_table("FVU, also of a part alone with the best constant", names, fvu)
-    print_table("cosine between W_skip x and the output of", MAPS, cosines)
-    names = ["R2 of W_dec z", "R2 of residual", "cos to LS - skip"]
-    names += ["skip's share", "latents' share", "residual's share"]
-    print_table("what is linear in x", names, linear)
+        # Maps are linear in what they predict: that of the residual is what is left of that of y.
+        of_latents = x @ least_squares(fitted[0], split(coder, *fitted)[1]).T
+        of_residual = of_y - skip - of_latents
+        linear[arm] = {
+            "R2 latents": 1 - share(latents - of_latents, latents),
+            "R2 residual": 1 - share(residual - of_residual, residual),
+            "cos": cosine(of_latents, of_y - skip),
+        }
+        parts = {"W_skip": skip, "latents": of_latents, "residual": of_residual}
+        linear[arm] |= {name: inner(part, of_y) / inner(of_y, of_y) for name, part in parts.items()}
+    print_table(table)
+    print_table(linear)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def test_the_device_refuses_what_devices_refuse(pretended):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_training_step_never_waits_for_the_device(pretended, arch):
     x, y = torch.randn(2, 64, 8, device="meta")
-    trainer = Trainer(Coder(arch, 8, 64, 4).to("meta"), x, y, 1e-3, dead_after=100)
+    trainer = Trainer(Coder(arch, 8, 64, 4).to("meta"), x, y, 1e-3)
     pretended.reads = 0
     for _ in range(3):
         trainer.step(x, y, 1)

@@ -55,15 +55,15 @@ def new_config(family: str):
     return transformers.Gemma3Config(text_config=GEMMA_SIZES, vision_config=VISION_SIZES)
 
 
-FAMILIES = {  # the hookpoint of block 1, and the final norm under the decoder
-    "gpt2": ("h.1.mlp", "ln_f"),
-    "gptj": ("h.1.mlp", "ln_f"),
-    "phi": ("layers.1.mlp", "final_layernorm"),
-    "neox": ("layers.1.mlp", "final_layer_norm"),
-    "llama": ("layers.1.mlp", "norm"),
-    "gemma2": ("layers.1.mlp", "norm"),
-    "falcon": ("h.1.mlp", "ln_f"),
-    "gemma3": ("language_model.layers.1.mlp", "norm"),
+FAMILIES = {  # the hookpoint of block 1
+    "gpt2": "h.1.mlp",
+    "gptj": "h.1.mlp",
+    "phi": "layers.1.mlp",
+    "neox": "layers.1.mlp",
+    "llama": "layers.1.mlp",
+    "gemma2": "layers.1.mlp",
+    "falcon": "h.1.mlp",
+    "gemma3": "language_model.layers.1.mlp",
 }
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
@@ -109,7 +109,7 @@ def test_activations(family, tmp_path, device):
 
     lm = skipcoder.load_lm(str(tmp_path), device)
     hookpoint, blocks, mlp = find_mlp(lm, 1)
-    assert hookpoint == FAMILIES[family][0]
+    assert hookpoint == FAMILIES[family]
     ran = []
     for module in (blocks[2], lm.get_output_embeddings()):
         module.register_forward_hook(lambda module, *_: ran.append(module))
@@ -137,7 +137,9 @@ def test_the_patched_lm(family, device):
     assert_close(patched(tokens), clean[:, 1:-1], atol=1e-4, rtol=1e-4)
     assert_close(patched.x, x)
     assert_close(patched.y, y)
-    assert patched(tokens, logits=False).shape == (3, 0, VOCABULARY)
+    some = patched(tokens, given, slice(3, 7))
+    assert_close(some, with_y_hat[:, 3:7], atol=1e-4, rtol=1e-4)
+    assert patched(tokens, positions=slice(0)).shape == (3, 0, VOCABULARY)
     assert_close(patched.y, y)
 
 
@@ -165,18 +167,6 @@ def test_neurons_are_what_the_last_linear_layer_reads(device):
             else:
                 neurons = F.gelu(mlp.c_fc(patched.x), approximate="tanh")
         assert_close(patched.neurons, neurons, atol=1e-5, rtol=1e-4)
-
-
-@EVERY_FAMILY
-def test_promoted_tokens(family, device):
-    """They go through the final norm, whatever its name."""
-    lm = new_lm(new_config(family)).to(device)
-    W = torch.randn(7, WIDTH, device=device)
-    norm = lm.get_decoder().get_submodule(FAMILIES[family][1])
-    head = lm.get_output_embeddings().weight
-    with torch.no_grad():
-        logits = (norm(W) - norm(torch.zeros_like(W))) @ head.T
-    assert torch.equal(evaluation.promoted(lm, W), logits.topk(5).indices)
 
 
 # ---- Outliers -------------------------------------------------------------------------------
@@ -208,6 +198,21 @@ def test_outliers_are_left_out(tiny, device):
     # A threshold that is given counts instead.
     lenient = MLPActivations(lm, mlp, activations.max_norm * 1e6)
     assert torch.equal(lenient(tokens)[0], x)
+
+
+def test_what_is_not_finite_is_no_outlier(tiny, device):
+    """It would be left out, and all of it where the median is not finite: nothing would remain."""
+    lm = skipcoder.load_lm(str(tiny), device)
+    mlp = find_mlp(lm, 1)[2]
+    tokens = torch.randint(300, (3, 12), device=device)
+    broken = torch.ones(3, 12, 1, device=device)
+    mlp.register_forward_hook(lambda module, args, output: output * broken)
+    for value in (float("nan"), float("inf")):
+        for count, max_norm in ((1, 1e9), (36, None)):
+            broken[:] = 1
+            broken.view(-1)[7 : 7 + count] = value
+            _, y = MLPActivations(lm, mlp, max_norm)(tokens)
+            assert len(y) == 33 and not y.isfinite().all()
 
 
 # ---- What cannot be coded -------------------------------------------------------------------

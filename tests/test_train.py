@@ -1,26 +1,31 @@
 """Training as a user runs it: what is printed and written, and what an end too early leaves."""
 
-import contextlib
-import gzip
 import json
 import math
 import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ALONE, ROOT, change_json, flags, read_json, run, run_here
+import transformers
+from conftest import ALONE, ROOT, change_json, flags, read_json, run_here, write_jsonl
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import skipcoder
-from skipcoder import ARCHS, Coder, Trainer, load_run
+from skipcoder import ARCHS, Coder, MLPActivations, Trainer, load_run
 
 FOLDER = "h.1.mlp"  # of a coder, in the folder of its name
+STEP = 16 * 31  # tokens that count in a step of `flags`
 
 
 def contents(folder) -> dict:
@@ -34,38 +39,65 @@ def read_log(out) -> list[dict]:
 
 
 def check_end(lines, out):
-    """Check the lines with which a run ends: what was trained, by coder, and what to do next."""
+    """Check the lines with which a run ends, and return the others."""
+    *before, saved, following = lines
     tokens, log = read_json(out / "config.json")["tokens_trained"], read_log(out)
-    expected = [f"saved after {tokens:,} tokens"]
-    if log:
-        fvu, dead = log[-1]["fvu"], log[-1]["dead"]
-        expected += [f"  {name}: FVU {fvu[name]:.3f}, dead {dead[name]:.1%}" for name in fvu]
-    expected += [f"next: python eval.py {out} --html page.html"]
-    assert lines[-len(expected) :] == expected
-    return lines[: -len(expected)]
+    fvu = log[-1]["fvu"].items() if log else ()
+    told = ", ".join(f"{name} {value:.3f}" for name, value in fvu)
+    assert saved == f"saved after {tokens:,} tokens; FVU: {told}".rstrip()
+    assert following == f"next: python eval.py {out} --html page.html"
+    return before
+
+
+def check_saved(out) -> tuple[dict, dict]:
+    """Check that what was saved is a whole run, and return its config and its coders."""
+    config, coders = load_run(out)
+    for coder in coders.values():
+        assert all(p.isfinite().all() for p in coder.parameters())
+        if coder.arch == "sae":
+            lengths = coder.W_dec.norm(dim=1)
+            assert (lengths - 1).abs().max() < 1e-5
+    assert not list(out.rglob("*.tmp"))
+    return config, coders
 
 
 # ---- A run that goes well -------------------------------------------------------------------
 
 
 def test_config_and_log(trained):
-    config = read_json(trained / "config.json")
+    config, _ = check_saved(trained)
     assert config["hookpoint"] == FOLDER and config["arch"] == list(ARCHS)
     assert config["seed"] == 0 and config["k"] == [4]
     assert config["num_latents"] == 256 and config["d"] == 32
-    assert config["tokens_trained"] >= 30_000
     assert config["coders"] == {arch: f"{arch}/{FOLDER}" for arch in ARCHS}
     assert set(config["versions"]) == {"torch", "transformers", "datasets"}
+    steps = math.ceil(30_000 / STEP)
+    assert config["tokens_trained"] == steps * STEP
 
     log = read_log(trained)
+    assert [line["tokens"] for line in log] == [i * STEP for i in range(1, steps + 1)]
     for line in log:
-        assert set(line) == {"tokens", "tokens_per_s", "fvu", "dead"}
-        assert set(line["fvu"]) == set(line["dead"]) == set(ARCHS)
-    last = log[-1]
-    assert last["tokens"] == config["tokens_trained"] and last["tokens_per_s"] > 0
-    assert all(0 < fvu < 0.8 for fvu in last["fvu"].values())
-    assert all(0 <= share < 1 for share in last["dead"].values())
-    assert not list(trained.rglob("*.tmp"))
+        assert list(line) == ["tokens", "tokens_per_s", "fvu"]
+        assert list(line["fvu"]) == list(ARCHS)
+    assert all(0 < fvu < 0.8 for fvu in log[-1]["fvu"].values())
+    assert all(fvu > 0.9 for arch, fvu in log[0]["fvu"].items() if arch != "sae")
+
+
+def test_max_norm_is_ten_times_the_median(trained, tiny):
+    """That of the first batch. eval.py leaves out what is longer, too."""
+    lm = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    texts = [json.loads(line)["text"] for line in (tiny / "text.jsonl").read_text().splitlines()]
+    tokens = tokenizer(texts[:50], truncation=True, max_length=32)["input_ids"]
+    norms = []
+    lm.transformer.h[1].mlp.register_forward_hook(
+        lambda mlp, args, output: norms.append(output[0, 1:].norm(dim=1))
+    )
+    with torch.no_grad():
+        for row in tokens:
+            lm(torch.tensor([row]))
+    expected = 10 * torch.cat(norms).median().item()
+    assert read_json(trained / "config.json")["max_norm"] == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -99,9 +131,23 @@ def test_the_folder_of_a_coder(trained, arch):
     loaded = [coder.W_enc, coder.b_enc, coder.W_dec, coder.b_dec, coder.W_skip]
     for name, parameter in zip(shapes, loaded):
         assert torch.equal(parameter, tensors[name])
-    if arch == "sae":
-        lengths = tensors["W_dec"].norm(dim=1)
-        assert (lengths - 1).abs().max() < 1e-5
+
+
+def test_coders_of_sparsify_are_read(trained, tmp_path):
+    """They name no arch. Those of 2024 lack more keys, which then have sparsify's defaults."""
+    out = shutil.copytree(trained, tmp_path / "run")
+    for name in ARCHS:
+        change_json(out / name / FOLDER / "cfg.json", ["arch"])
+    change_json(
+        out / "sae" / FOLDER / "cfg.json",
+        ["activation", "transcode", "skip_connection", "multi_topk"],
+    )
+    _, before = load_run(trained)
+    _, after = load_run(out)
+    for name, coder in after.items():
+        assert coder.arch == name
+        for p, q in zip(coder.parameters(), before[name].parameters()):
+            assert torch.equal(p, q)
 
 
 def screen(text: str) -> list[str]:
@@ -142,47 +188,40 @@ def test_what_is_printed(tiny, tmp_path, run_on_a_terminal):
     (text / "a.jsonl").write_text("\n".join(lines[:30]))
     (text / "b.JSONL").write_text("\n".join(lines[30:60]))
     (text / "notes.md").write_text("not read")
-    args = flags(tiny, out, "--dataset", text, "--tokens", 60_000)
-    shown = run_on_a_terminal(*args)
-    steps = -(-60_000 // (16 * 31))
-    assert read_json(out / "config.json")["tokens_trained"] == steps * 16 * 31
+    shown = run_on_a_terminal(*flags(tiny, out, "--dataset", text, "--tokens", 60_000))
+    steps = math.ceil(60_000 / STEP)
+    assert read_json(out / "config.json")["tokens_trained"] == steps * STEP
 
-    # Before the loop.
-    start = "\n".join(shown[:3])
-    words = "sae, transcoder, skip_transcoder", "k 4", "M 256", FOLDER, str(tiny), "cpu x 1"
-    assert all(word in start for word in words), start
-    assert f"{steps:,} steps of 496 tokens" in start and "lr 0.0" in start
-    assert f"--dataset {text}: 2 .jsonl files" in start and "notes.md" in start
+    # Before the loop, after the LM is loaded.
+    start = shown.index(f"--dataset {text}: files read 2, left out 1")
+    assert shown[start + 1] == f"{FOLDER} of {tiny}, 256 latents, cpu x 1"
+    assert shown[start + 2] == f"{steps} steps of 496 tokens, lr 0.0036"
 
     # In the loop, and at its end.
     repeated = [line for line in shown if "is repeated" in line]
     assert len(repeated) == 1 and repeated[0].startswith("--dataset is repeated: it has ")
     *shown, nothing = shown
-    assert nothing == "" and len(read_log(out)[-1]["fvu"]) == 3
     *_, bar = check_end(shown, out)
-    assert bar.startswith("100%|") and "tok/s" in bar and "FVU" in bar
-    assert sum("%|" in line for line in shown) == 1, "the bar is shown once"
+    assert nothing == "" and bar.startswith("100%|") and "tok/s" in bar and "FVU" in bar
+    assert sum("tok/s" in line for line in shown) == 1, "the bar is shown once"
 
 
-def test_a_bar_fits_80_columns_with_12_coders(tiny, tmp_path, capfd):
+def test_the_log_has_200_lines_at_fixed_steps(tiny, tmp_path, monkeypatch):
+    """Whatever time the steps take: here 2 seconds for each line."""
+    clock = count(0, 2)
+    monkeypatch.setattr(skipcoder, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     out = tmp_path / "run"
-    assert run_here(skipcoder, *flags(tiny, out, "--k", 1, 2, 3, 4, "--tokens", 2000)) == 0
-    last = capfd.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
-    fvu = read_log(out)[-1]["fvu"].values()
-    assert len(fvu) == 12 and len(last) <= 80
-    assert f"FVU {min(fvu):.3f} to {max(fvu):.3f}" in last
-
-
-def test_text_without_a_held_out_document_is_said_at_the_start(tiny, tmp_path, capfd):
-    """Training accepts what evaluation cannot use."""
-    text = tmp_path / "text.txt"
-    text.write_text("a line of a small text, all of it one document\n" * 90)
-    assert not skipcoder.is_held_out(text.read_text())
-    args = flags(tiny, tmp_path / "run", "--dataset", text, "--tokens", 500, "--batch-size", 2)
-    assert run_here(skipcoder, *args) == 0
-    stdout = capfd.readouterr().out
-    line = f"--dataset {text}: too few documents to keep one in ten for eval.py. Cut the text"
-    assert stdout.splitlines()[0].startswith(line)
+    more = "--arch", "sae", "--batch-size", 1, "--tokens", 450 * 31
+    assert run_here(skipcoder, *flags(tiny, out, *more)) == 0
+    log = read_log(out)
+    steps = [math.ceil(i * 450 / 200) for i in range(1, 201)]
+    assert [line["tokens"] for line in log] == [31 * step for step in steps]
+    between = [31 * (step - before) for before, step in zip([0, *steps], steps)]
+    speeds = [line["tokens_per_s"] for line in log]
+    # The clock is read twice before the loop.
+    assert speeds == [round(tokens / 2) for tokens in between] or speeds[1:] == [
+        round(tokens / 2) for tokens in between[1:]
+    ]
 
 
 def test_the_learning_rate_rises_and_falls(tiny, tmp_path, monkeypatch):
@@ -194,7 +233,7 @@ def test_the_learning_rate_rises_and_falls(tiny, tmp_path, monkeypatch):
         step(trainer, x, y, lr_factor)
 
     monkeypatch.setattr(Trainer, "step", seen)
-    args = flags(tiny, tmp_path / "run", "--arch", "sae", "--tokens", 100 * 16 * 31)
+    args = flags(tiny, tmp_path / "run", "--arch", "sae", "--tokens", 100 * STEP)
     assert run_here(skipcoder, *args) == 0
     assert len(factors) == 100
     assert factors[:5] == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9])
@@ -203,24 +242,19 @@ def test_the_learning_rate_rises_and_falls(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("tokens, lr, step", [("2e6", 1.5e-3, 1024), ("32e6", 7.5e-4, 4096)])
-def test_the_recipe(tiny, tmp_path, monkeypatch, tokens, lr, step):
-    """The defaults of lr and of the rows in a step, by the number of tokens."""
+def test_the_recipe(tiny, monkeypatch, tokens, lr, step):
+    """The defaults of lr, of the rows in a step by the number of tokens, and of what is written."""
     given = []
     monkeypatch.setattr(skipcoder, "train", given.append)
     args = f"--model {tiny} --dataset {tiny}/text.jsonl --layer 1 --tokens {tokens}"
-    assert run_here(skipcoder, *args.split(), "--out", tmp_path / "run") == 0
+    assert run_here(skipcoder, *args.split()) == 0
     assert given[0].lr == pytest.approx(lr)
     assert given[0].ctx_len == 32 and given[0].batch_size == step // 32
-
-
-def test_ctrl_c_before_training_ends_the_program_at_once(tiny, tmp_path, monkeypatch):
-    """Without a traceback: there is nothing to save yet."""
-    handlers = []
-    monkeypatch.setattr(
-        skipcoder, "train", lambda args: handlers.append(signal.getsignal(signal.SIGINT))
-    )
-    assert run_here(skipcoder, *flags(tiny, tmp_path / "run")) == 0
-    assert handlers == [signal.SIG_DFL]
+    assert given[0].out == Path("runs/model-layer1")
+    monkeypatch.setattr(skipcoder, "WORLD", 7)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda: None)
+    assert run_here(skipcoder, *args.split()) == 0
+    assert given[1].batch_size == round(step / 32 / 7) * 7
 
 
 def test_eval_may_be_called_from_another_folder(tiny, tmp_path, monkeypatch):
@@ -233,24 +267,42 @@ def test_eval_may_be_called_from_another_folder(tiny, tmp_path, monkeypatch):
     assert config["dataset"] == str(tiny / "text.jsonl")
 
 
-def test_a_coder_does_not_depend_on_its_neighbours(tiny, tmp_path):
-    """The same seed and data give the same weights, whichever coders are trained beside it."""
-    weights = {}
-    one = ["--arch", "skip_transcoder"]
-    for name, more in {"beside": [], "alone": one, "other": [*one, "--seed", 1]}.items():
-        out = tmp_path / name
+def test_seed_and_neighbours(tiny, tmp_path, monkeypatch):
+    """The seed decides on the weights and on the text, and the coders trained beside do not."""
+    texts, starts, call, init = [], [], MLPActivations.__call__, Trainer.__init__
+
+    def seen(activations, tokens):
+        texts[-1].append(tokens)
+        return call(activations, tokens)
+
+    def started(trainer, coder, *args):
+        starts[-1].append(coder.W_enc.detach().clone())
+        init(trainer, coder, *args)
+
+    monkeypatch.setattr(MLPActivations, "__call__", seen)
+    monkeypatch.setattr(Trainer, "__init__", started)
+    one, ends = ["--arch", "skip_transcoder"], []
+    for more in ([], one, [*one, "--seed", 1]):
+        out = tmp_path / f"run{len(ends)}"
+        texts.append([])
+        starts.append([])
         assert run_here(skipcoder, *flags(tiny, out, *more)) == 0
-        weights[name] = load_file(out / "skip_transcoder" / FOLDER / "sae.safetensors")
-    folders = [path.name for path in (tmp_path / "alone").iterdir() if path.is_dir()]
-    assert folders == ["skip_transcoder"]
-    for name, tensor in weights["alone"].items():
-        assert torch.equal(tensor, weights["beside"][name]), name
-    assert not torch.equal(weights["alone"]["W_dec"], weights["other"]["W_dec"])
+        ends.append(load_file(out / "skip_transcoder" / FOLDER / "sae.safetensors"))
+    assert not (tmp_path / "run1/sae").exists()
+    for name, tensor in ends[0].items():
+        assert torch.equal(tensor, ends[1][name]), name
+
+    beside, alone, other = (torch.stack(tokens) for tokens in texts)
+    assert torch.equal(beside, alone)
+    rows, other_rows = ({tuple(row) for row in t.flatten(0, 1).tolist()} for t in (alone, other))
+    assert len(rows & other_rows) < 0.5 * len(rows)
+    assert all(torch.equal(W, starts[1][0]) for W in starts[0])
+    assert not torch.equal(starts[1][0], starts[2][0])
 
 
-def test_several_k_are_several_runs_in_one(tiny, tmp_path):
+def test_several_k_are_several_runs_in_one(tiny, tmp_path, capfd):
     """Bit for bit, from one stream; sorted, each in the folder of its name."""
-    for out, ks in {"both": (8, 2), "two": (2,), "eight": (8,)}.items():
+    for out, ks in {"two": (2,), "eight": (8,), "both": (8, 2)}.items():
         assert run_here(skipcoder, *flags(tiny, tmp_path / out, "--k", *ks)) == 0
     config, both = load_run(tmp_path / "both")
     assert config["k"] == [8, 2]
@@ -270,422 +322,479 @@ def test_several_k_are_several_runs_in_one(tiny, tmp_path):
             for p, q in zip(both[name].parameters(), alone[arch].parameters()):
                 assert torch.equal(p, q)
 
-
-@pytest.mark.parametrize("ks", [[4], [2, 4]])
-def test_runs_of_earlier_versions_are_read(tiny, tmp_path, ks):
-    """In them a single k is a number, config.json names no coders, and cfg.json no arch."""
-    out = tmp_path / "run"
-    assert run_here(skipcoder, *flags(tiny, out, "--k", *ks, "--tokens", 500)) == 0
-    _, before = load_run(out)
-    change_json(out / "config.json", ["coders"], k=ks if len(ks) > 1 else ks[0])
-    for name in before:
-        change_json(out / name / FOLDER / "cfg.json", ["arch"])
-    _, after = load_run(out)
-    assert list(after) == list(before)
-    for name, coder in after.items():
-        assert coder.arch == before[name].arch and coder.k == before[name].k
-        for p, q in zip(coder.parameters(), before[name].parameters()):
-            assert torch.equal(p, q)
+    # A bar has to fit in 80 columns with any number of coders.
+    last = capfd.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
+    values = fvu_of_both.values()
+    assert f"FVU {min(values):.3f} to {max(values):.3f}" in last and len(last) <= 80
 
 
 # ---- A run that ends too early --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_signals_save_what_there_is(tiny, tmp_path, number):
-    """Sent to every process of the group, as a terminal does. After SIGKILL files are whole."""
-    out, deadline = tmp_path / "run", time.time() + 90
-    # It saves at each step.
-    code = "import skipcoder; skipcoder.LOG_EVERY = skipcoder.SAVE_EVERY = 0; skipcoder.main()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *flags(tiny, out, "--tokens", "1e9")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ALONE,
-        cwd=ROOT,
-        start_new_session=True,
-    )
-    last_files = "config.json", f"skip_transcoder/{FOLDER}/sae.safetensors"
-    while not all((out / name).exists() for name in last_files):
-        assert time.time() < deadline and process.poll() is None, "training did not start"
-        time.sleep(0.05)
-    time.sleep(0.31)  # several saves later
-    os.killpg(process.pid, number)
-    stdout, stderr = process.communicate(timeout=30)
+def start(action, screen_path) -> multiprocessing.Process:
+    """Call action in a process and a process group of its own, as if it were a program."""
 
-    config, coders = load_run(out)
-    trained = config["tokens_trained"]
-    assert set(coders) == set(ARCHS) and 0 < trained < 1e9
-    for coder in coders.values():
-        assert all(p.isfinite().all() for p in coder.parameters())
-    if number != signal.SIGKILL:
-        assert process.returncode == 130 and "Traceback" not in stderr, stderr
-        before = check_end(stdout.splitlines(), out)
-        assert before.count("stopping after this step; once more to stop at once") == 1
-        assert not list(out.rglob("*.tmp"))
+    def program():
+        os.setsid()
+        # DataLoader sets its handler once in a process. So it does in this one.
+        torch.utils.data._utils.signal_handling._SIGCHLD_handler_set = False
+        descriptor = os.open(screen_path, os.O_WRONLY | os.O_CREAT)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", 1) for number in (1, 2))
+        action()
+
+    process = multiprocessing.get_context("fork").Process(target=program)
+    process.start()
+    return process
 
 
-def stop_in_step(monkeypatch, number: int, action):
-    """Do something within step `number` of the one coder that is trained."""
-    calls, step = [], Trainer.step
-
-    def stopping(trainer, *args):
-        calls.append(trainer)
-        step(trainer, *args)
-        if len(calls) == number:
-            action()
-
-    monkeypatch.setattr(Trainer, "step", stopping)
-    return calls
+def wait_until(condition, process, seconds=60):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline and process.is_alive(), "it did not come so far"
+        time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number, times", [(3, 1), (4, 1), (3, 2)])
-def test_one_signal_ends_the_run_after_a_step_and_a_second_one_in_it(
-    tiny, tmp_path, monkeypatch, number, times
-):
-    """A second one need not wait for the step. What was trained is saved by both."""
+ENDS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, "nohup", signal.SIGKILL]
 
-    def interrupt():
-        for _ in range(times):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.01)
-        ended.append("step")
 
-    ended = []
-    calls = stop_in_step(monkeypatch, number, interrupt)
+@pytest.mark.parametrize("end", ENDS)
+def test_signals_save_what_there_is(tiny, tmp_path, monkeypatch, end):
+    """Sent to every process of the group, as a terminal and `timeout` do.
+
+    After SIGKILL there is what was saved last. Under nohup, SIGHUP is ignored.
+    """
+    out, log = tmp_path / "run", tmp_path / "run/log.jsonl"
+    monkeypatch.setattr(skipcoder, "LOG_LINES", 10**9)  # a line for each step
+    if end == signal.SIGKILL:
+        monkeypatch.setattr(skipcoder, "SAVE_EVERY", -1)
+    args = ["skipcoder.py", *flags(tiny, out, "--tokens", "1e9")]
+    monkeypatch.setattr(sys, "argv", args)
+
+    def program():
+        if end == "nohup":
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        skipcoder.main()
+
+    process = start(program, tmp_path / "screen")
+    wait_until(lambda: log.exists() and len(log.read_text().splitlines()) > 5, process)
+    if end == "nohup":
+        os.killpg(process.pid, signal.SIGHUP)
+        lines = len(log.read_text().splitlines())
+        wait_until(lambda: len(log.read_text().splitlines()) > lines + 5, process)
+    else:
+        assert (out / "config.json").exists() == (end == signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGTERM if end == "nohup" else end)
+    process.join(30)
+
+    if end == signal.SIGKILL:  # in the middle of a save there is no run, and never a mix
+        assert process.exitcode == -signal.SIGKILL
+        if not (out / "config.json").exists():
+            return
+        config, coders = load_run(out)
+    else:
+        assert process.exitcode == 130
+        config, coders = check_saved(out)
+        shown = list(filter(None, screen((tmp_path / "screen").read_text())))
+        assert "Traceback" not in "".join(check_end(shown, out))
+        assert config["tokens_trained"] >= read_log(out)[-1]["tokens"]
+    assert set(coders) == set(ARCHS) and 5 * STEP < config["tokens_trained"] < 1e8
+
+
+def test_ctrl_c_in_a_program_of_its_own(tiny, tmp_path):
+    """With readers and libraries as they are there: the shell sees 130, and no traceback."""
     out = tmp_path / "run"
-    assert run_here(skipcoder, *flags(tiny, out, "--arch", "sae")) == 130
-    assert len(calls) == number and len(ended) == 2 - times
-    config, _ = load_run(out)
-    assert config["tokens_trained"] == (number + 1 - times) * 16 * 31
+    args = [sys.executable, "skipcoder.py", *flags(tiny, out, "--tokens", 20_000 * STEP)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(args, **pipes, env=ALONE, cwd=ROOT, start_new_session=True)
+    process.is_alive = lambda: process.poll() is None
+    wait_until(lambda: (out / "log.jsonl").exists() and read_log(out), process)
+    os.killpg(process.pid, signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in stderr, stderr
+    check_end(stdout.splitlines(), out)
+    config, _ = check_saved(out)
+    assert 100 * STEP <= config["tokens_trained"] < 20_000 * STEP
+
+
+def interrupt(monkeypatch, owner, name, call, error=KeyboardInterrupt, before=False):
+    """Raise an error in this call of a function: after it, or before it does anything."""
+    calls, function = count(1), getattr(owner, name)
+
+    def interrupted(*args, **more):
+        now = next(calls) == call
+        if now and before:
+            raise error
+        result = function(*args, **more)
+        if now:
+            raise error
+        return result
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+PLACES = [  # and in which step that is, with one coder
+    (torch.optim.Adam, "step", 4, False),  # W_dec's rows are no longer of length 1
+    (Trainer, "step", 5, True),
+    (Trainer, "pop_fvu", 4, False),
+    (MLPActivations, "__call__", 6, True),  # the first call is the start
+    (skipcoder.Path, "replace", 3 * 3 + 2, True),  # in the fourth save, between renames
+]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place[1])
+def test_an_interrupt_may_come_anywhere(tiny, tmp_path, monkeypatch, place):
+    """In a step, in a log line, in a save: what was trained is saved, with rows of length 1."""
+    monkeypatch.setattr(skipcoder, "SAVE_EVERY", -1 if place[1] == "replace" else 1e9)
+    owner, name, call, before = place
+    interrupt(monkeypatch, owner, name, call, before=before)
+    out = tmp_path / "run"
+    assert run_here(skipcoder, *flags(tiny, out, "--arch", "sae", "--lr", 0.1)) == 130
+    config, _ = check_saved(out)
+    assert config["tokens_trained"] in (3 * STEP, 4 * STEP)
+
+
+def test_signals_do_not_interrupt_the_save(tiny, tmp_path, monkeypatch):
+    """Neither a second one, nor that of a reader that is killed: DataLoader would raise."""
+    handling = torch.utils.data._utils.signal_handling
+    monkeypatch.setattr(handling, "_SIGCHLD_handler_set", False)
+    write, readers = skipcoder.write, []
+
+    def disturbed(contents):
+        for number in skipcoder.STOP:
+            os.kill(os.getpid(), number)
+        for reader in multiprocessing.active_children():
+            readers.append(reader.pid)
+            os.kill(reader.pid, signal.SIGKILL)
+        time.sleep(0.2)
+        write(contents)
+
+    monkeypatch.setattr(skipcoder, "write", disturbed)
+    interrupt(monkeypatch, Trainer, "step", 4)
+    out = tmp_path / "run"
+    assert run_here(skipcoder, *flags(tiny, out, "--arch", "sae", "--tokens", "1e9")) == 130
+    assert readers and check_saved(out)[0]["tokens_trained"] == 3 * STEP
+
+
+def test_a_reader_that_is_killed_ends_the_run_with_what_was_trained(tiny, tmp_path, monkeypatch):
+    """As by the system when memory is short. It is told by an error, which one depends."""
+    step, steps = Trainer.step, count(1)
+
+    def killing(trainer, *args):
+        step(trainer, *args)
+        if next(steps) == 4:
+            for reader in multiprocessing.active_children():
+                os.kill(reader.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(Trainer, "step", killing)
+    out = tmp_path / "run"
+    with pytest.raises((RuntimeError, EOFError, OSError)):
+        run_here(skipcoder, *flags(tiny, out, "--arch", "sae", "--tokens", "1e7"))
+    assert 3 * STEP < check_saved(out)[0]["tokens_trained"] < 1e7
 
 
 def test_a_signal_to_a_reader_process_does_not_end_the_run(tiny, tmp_path, monkeypatch):
-    """Readers ignore SIGINT, and a signal to the process group does not reach them."""
+    """A signal to the process group does not reach the readers."""
+    step, groups = Trainer.step, []
 
-    def interrupt_readers():
-        for reader in multiprocessing.active_children():
-            readers.append(reader.pid)
-            assert os.getpgid(reader.pid) != os.getpgrp()
-            os.kill(reader.pid, signal.SIGINT)
-        time.sleep(0.2)
-        alive.extend(reader.pid for reader in multiprocessing.active_children())
+    def seen(trainer, *args):
+        groups.extend(os.getpgid(reader.pid) for reader in multiprocessing.active_children())
+        step(trainer, *args)
 
-    readers, alive = [], []
-    calls = stop_in_step(monkeypatch, 3, interrupt_readers)
-    out = tmp_path / "run"
-    args = flags(tiny, out, "--arch", "sae", "--tokens", 60 * 16 * 31)
-    assert run_here(skipcoder, *args) == 0
-    assert readers and sorted(alive) == sorted(readers)
-    assert len(calls) == 60
-    assert read_json(out / "config.json")["tokens_trained"] == 60 * 16 * 31
+    monkeypatch.setattr(Trainer, "step", seen)
+    assert run_here(skipcoder, *flags(tiny, tmp_path / "run", "--arch", "sae")) == 0
+    assert groups and os.getpgrp() not in groups
 
 
 def test_an_error_of_any_kind_in_the_middle_saves_what_was_trained(tiny, tmp_path, monkeypatch):
-    def fail():
-        raise RuntimeError("the device is gone")
-
-    stop_in_step(monkeypatch, 4, fail)
+    interrupt(monkeypatch, Trainer, "step", 4, RuntimeError("the device is gone"))
     out = tmp_path / "run"
     with pytest.raises(RuntimeError, match="the device is gone"):
         run_here(skipcoder, *flags(tiny, out, "--arch", "sae"))
-    config, coders = load_run(out)
-    assert config["tokens_trained"] == 3 * 16 * 31
+    config, coders = check_saved(out)
+    assert config["tokens_trained"] == 3 * STEP
     assert list(coders) == ["sae"]
 
 
-def test_what_is_not_finite_is_not_saved_between_logs_either(tiny, tmp_path, monkeypatch):
-    def diverge():
-        calls[0].sums.fill_(math.nan)
-        raise RuntimeError("interrupted")
-
-    monkeypatch.setattr(skipcoder, "LOG_EVERY", 1e9)
-    calls = stop_in_step(monkeypatch, 4, diverge)
-    out = tmp_path / "run"
-    with pytest.raises(RuntimeError, match="interrupted"):
-        run_here(skipcoder, *flags(tiny, out, "--arch", "sae"))
-    assert not (out / "config.json").exists()
+def test_before_the_first_step_there_is_nothing_to_save(trained, tiny, tmp_path, monkeypatch):
+    out = shutil.copytree(trained, tmp_path / "run")
+    before = contents(out)
+    interrupt(monkeypatch, Trainer, "step", 1)
+    assert run_here(skipcoder, *flags(tiny, out, "--overwrite")) == 130
+    assert contents(out) == before
 
 
-WHOLE = "".join(
-    json.dumps({"text": f"{i} is the number of it"}) + "\n" for i in range(900)
-).encode()
-TORN = {  # content of a file, and what is said of it
-    "torn.jsonl": (WHOLE[:-9], "Unterminated string"),
-    "torn.jsonl.gz": (gzip.compress(WHOLE)[:-9], "ended before"),
-    "number.jsonl": (WHOLE + b'{"text": 7}', "a text is of type int"),
-}
+def test_what_is_not_finite_is_not_saved_between_log_lines_either(
+    trained, tiny, tmp_path, monkeypatch, capsys
+):
+    out = shutil.copytree(trained, tmp_path / "run")
+    before = contents(out)
+    step, steps = Trainer.step, count(1)
+
+    def spoil(trainer, *args):
+        step(trainer, *args)
+        if next(steps) == 4:
+            trainer.coder.b_enc.data[3] = math.nan
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "step", spoil)
+    assert run_here(skipcoder, *flags(tiny, out, "--overwrite")) != 0
+    assert contents(out) == before and "saved" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", TORN)
-def test_text_that_breaks_off_saves_what_was_trained(tiny, tmp_path, monkeypatch, capfd, name):
-    """And is told in one line.
+def test_text_that_breaks_off_saves_what_was_trained(
+    tiny, tmp_path, monkeypatch, run_on_a_terminal
+):
+    """And is told in one line, after what was done.
 
     The pool of rows is small enough for the end of the text to be read after some steps.
     """
     monkeypatch.setattr(skipcoder, "SHUFFLE_ROWS", 16)
-    out, path = tmp_path / "run", tmp_path / name
-    content, says = TORN[name]
-    path.write_bytes(content)
-    args = flags(tiny, out, "--dataset", path, "--tokens", "1e7", "--arch", "sae")
-    message = run_here(skipcoder, *args)
-    assert message.startswith(f"error: --dataset {path}: {name}: ")
-    assert says in message and "\n" not in message
-
-    config, coders = load_run(out)
-    trained = config["tokens_trained"]
-    assert list(coders) == ["sae"] and 2000 < trained < 50_000
-    stdout, stderr = capfd.readouterr()
-    check_end(stdout.splitlines(), out)
-    assert "Traceback" not in stderr and "error" not in stderr
-
-
-def test_an_error_starts_on_a_line_of_its_own(tiny, tmp_path, monkeypatch, run_on_a_terminal):
-    """While the bar is open, after what was done."""
-    path, out = tmp_path / "text.jsonl", tmp_path / "run"
-    path.write_bytes(WHOLE + b"{")
-    monkeypatch.setattr(skipcoder, "SHUFFLE_ROWS", 16)
-    args = flags(tiny, out, "--dataset", path, "--tokens", "1e7", "--arch", "sae")
-    shown = run_on_a_terminal(*args)
-    *shown, error, nothing = shown
+    out, path = tmp_path / "run", tmp_path / "text.jsonl"
+    write_jsonl(path, [f"{i} is the number of it" for i in range(900)])
+    path.write_text(path.read_text()[:-9])
+    more = "--dataset", path, "--tokens", "1e7", "--arch", "sae"
+    *shown, error, nothing = run_on_a_terminal(*flags(tiny, out, *more))
+    assert error.startswith(f"error: --dataset {path}: text.jsonl: line 900 ") and nothing == ""
     *_, bar = check_end(shown, out)
-    assert "%|" in bar and nothing == ""
-    assert error.startswith(f"error: --dataset {path}: text.jsonl: ")
+    assert "%|" in bar and "Traceback" not in "".join(shown)
+    config, coders = check_saved(out)
+    assert list(coders) == ["sae"] and 2000 < config["tokens_trained"] < 50_000
 
 
-def test_a_first_save_that_is_cut_short_leaves_no_broken_run(tmp_path, monkeypatch):
-    """Killed between two renames: config.json, which makes a folder a run, comes last."""
-    config = {
-        "out": tmp_path / "run",
-        "coders": {"sae": f"sae/{FOLDER}"},
-        "expansion": 2,
-        "num_latents": 16,
-        "d": 8,
-    }
-    replace, renamed = skipcoder.Path.replace, []
-
-    def seen(path, to):
-        renamed.append(to.name)
-        replace(path, to)
-
-    monkeypatch.setattr(skipcoder.Path, "replace", seen)
-    skipcoder.save_run(config, {"sae": Coder("sae", 8, 16, 4)})
-    assert sorted(renamed) == ["cfg.json", "config.json", "sae.safetensors"]
-    assert renamed[-1] == "config.json"
+# ---- Files, whole or not at all -------------------------------------------------------------
 
 
 def test_a_full_disk_loses_nothing(trained, tiny, tmp_path):
-    """A limit on the size of a file stands in for it: one line, and the run is as it was."""
+    """A limit on the size of a file stands in for it. The run is as it was, with nothing beside."""
     resource = pytest.importorskip("resource")
     out = shutil.copytree(trained, tmp_path / "run")
     before = contents(out)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))  # weights take 65 kB
     try:
-        message = run_here(skipcoder, *flags(tiny, out, "--overwrite"))
+        with pytest.raises((OSError, SafetensorError)):
+            run_here(skipcoder, *flags(tiny, out, "--overwrite"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert message.startswith(f"error: --out {out}: ")
-    assert "make room" in message and "\n" not in message
     assert before == contents(out)
 
 
+def test_a_save_that_is_killed_leaves_the_old_run_or_none_or_the_new_one(
+    trained, tmp_path, monkeypatch
+):
+    """Wherever the kill comes: never new coders beside old ones, or under the old config.json."""
+    config, new = load_run(trained)
+    old = {name: coder.b_enc.clone() for name, coder in new.items()}
+    for coder in new.values():
+        coder.b_enc += 1
+    monkeypatch.setattr(skipcoder, "print", lambda *_: None, raising=False)
+    left, seen = count(), []
+    real = {name: getattr(Path, name) for name in ("replace", "unlink")}
+
+    class Killed(BaseException):
+        """Ends all: after a kill no `finally` does anything."""
+
+    def until_killed(name):
+        def function(path, *args, **more):
+            if next(left) >= dies_at:
+                raise Killed
+            seen.append((name, path.name))
+            return real[name](path, *args, **more)
+
+        return function
+
+    for name in real:
+        monkeypatch.setattr(Path, name, until_killed(name))
+    outcomes = []
+    for dies_at in range(9):  # config.json is deleted, then come 7 renames
+        left, out = count(), tmp_path / str(dies_at)
+        shutil.copytree(trained, out)
+        try:
+            skipcoder.save_run(config | {"out": out}, new)
+        except Killed:
+            pass
+        try:
+            _, found = load_run(out)
+        except SystemExit:
+            outcomes.append("none")
+            continue
+        shifts = {name: (found[name].b_enc - old[name]).mean().round().item() for name in old}
+        assert set(shifts.values()) in ({0}, {1})
+        outcomes.append("new" if shifts["sae"] else "old")
+    assert outcomes == ["old"] + 7 * ["none"] + ["new"]
+
+
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
-    """And nothing beside it."""
-
-    def fail(path, to):
-        raise OSError("no space left")
-
-    path = tmp_path / "a.json"
-    path.write_text("old")
-    monkeypatch.setattr(skipcoder.Path, "replace", fail)
-    for content in ("new", {"a": torch.ones(3)}):
-        with pytest.raises(SystemExit, match="error: --out run: no space left"):
-            skipcoder.write(path, content, "--out run")
-        assert list(tmp_path.iterdir()) == [path]
-        assert path.read_text() == "old"
+    """And nothing beside it. All is written before anything is replaced."""
+    contents = {tmp_path / "a.safetensors": {"a": torch.ones(3)}, tmp_path / "b.json": "new"}
+    for path in contents:
+        path.write_text("old")
+    interrupt(monkeypatch, Path, "write_text", 1, OSError("no space left"), before=True)
+    with pytest.raises(OSError, match="no space left"):
+        skipcoder.write(contents)
+    assert sorted(tmp_path.iterdir()) == sorted(contents)
+    assert all(path.read_text() == "old" for path in contents)
 
 
-def test_an_existing_run_is_replaced_only_when_told_to_and_by_a_finite_one(trained, tiny, tmp_path):
+def test_an_existing_run_is_replaced_only_when_told_to(trained, tiny, tmp_path):
     out = shutil.copytree(trained, tmp_path / "run")
     other = out / "mine" / FOLDER / "cfg.json"  # of something else
     other.parent.mkdir(parents=True)
     other.write_text("{}")
-    before = contents(out)
+    before, log = contents(out), read_log(out)
 
-    assert "pass --overwrite" in run_here(skipcoder, *flags(tiny, out))
-    message = run_here(skipcoder, *flags(tiny, out, "--overwrite", "--lr", "1e30"))
-    assert message.startswith("error: --lr 1e+30: the loss is not finite")
-    assert before == contents(out)
+    message = run_here(skipcoder, *flags(tiny, out))
+    assert message == f"error: --out {out} holds a run: pass --overwrite, or another --out"
+    assert before == contents(out) and log == read_log(out)
 
     assert run_here(skipcoder, *flags(tiny, out, "--arch", "sae", "--seed", 3, "--overwrite")) == 0
     config, coders = load_run(out)
     assert config["seed"] == 3 and set(coders) == {"sae"}
-    assert other.read_text() == "{}"
+    assert other.read_text() == "{}" and len(read_log(out)) == 13
+
+
+def test_of_two_runs_with_one_out_the_later_one_fails(tiny, tmp_path, monkeypatch):
+    """Also if both find the folder empty as they start: the first one to train has it."""
+    out, load_lm = tmp_path / "run", skipcoder.load_lm
+
+    def load_while_the_other_starts(*args):
+        if not out.exists():
+            out.mkdir()
+            (out / "log.jsonl").write_text("of the other\n")
+        return load_lm(*args)
+
+    monkeypatch.setattr(skipcoder, "load_lm", load_while_the_other_starts)
+    with pytest.raises(FileExistsError, match="log.jsonl"):
+        run_here(skipcoder, *flags(tiny, out))
+    assert (out / "log.jsonl").read_text() == "of the other\n"
+    assert [path.name for path in out.iterdir()] == ["log.jsonl"]
 
 
 # ---- Several processes ----------------------------------------------------------------------
 
+
+@pytest.fixture
+def run_two(tmp_path, monkeypatch):
+    """A function that calls another one with 0 and with 1 in two processes, as torchrun does."""
+
+    def run_two(action):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+
+        def program(rank):
+            numbers = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+            os.environ.update({name: str(number) for name, number in numbers.items()})
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+            skipcoder.RANK, skipcoder.WORLD = rank, 2
+            action(rank)
+
+        paths = [tmp_path / f"screen{rank}" for rank in (0, 1)]
+        both = [start(lambda rank=rank: program(rank), paths[rank]) for rank in (0, 1)]
+        for process, path in zip(both, paths):
+            process.join(60)
+            assert process.exitcode == 0, path.read_text()
+        return [path.read_text() for path in paths]
+
+    return run_two
+
+
+def test_two_processes_train_as_one_with_their_rows(tiny, tmp_path, monkeypatch, run_two):
+    """Each takes a half of the batch. Their coders stay equal bit for bit.
+
+    And they equal those of one process that is given the same rows. The FVU is that of both.
+    """
+    out = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["skipcoder.py", *flags(tiny, out, "--tokens", 10 * STEP)])
+    call, step, texts, weights = MLPActivations.__call__, Trainer.step, [], []
+
+    def seen(activations, tokens):
+        texts.append(tokens)
+        return call(activations, tokens)
+
+    def seen_step(trainer, *args):
+        step(trainer, *args)
+        weights.append([p.detach().clone() for p in trainer.coder.parameters()])
+
+    monkeypatch.setattr(MLPActivations, "__call__", seen)
+    monkeypatch.setattr(Trainer, "step", seen_step)
+
+    def program(rank):
+        skipcoder.main()
+        torch.save((texts, weights), tmp_path / f"rank{rank}")
+        torch.distributed.destroy_process_group()
+
+    first_screen, second_screen = run_two(program)
+    assert "cpu x 2" in first_screen and "saved after" in first_screen
+    assert "cpu x" not in second_screen and "saved" not in second_screen
+    (texts_0, weights_0), (texts_1, weights_1) = (torch.load(tmp_path / f"rank{i}") for i in (0, 1))
+    assert len(weights_0) == 30
+    for of_0, of_1 in zip(weights_0, weights_1):
+        assert all(torch.equal(p, q) for p, q in zip(of_0, of_1))
+    assert torch.equal(texts_0[0], texts_1[0]), "both start from one batch"
+    rows = [{tuple(row) for row in torch.cat(t[1:]).tolist()} for t in (texts_0, texts_1)]
+    assert not rows[0] & rows[1]
+
+    # One process.
+    monkeypatch.setattr(MLPActivations, "__call__", call)
+    monkeypatch.setattr(Trainer, "step", step)
+    lm = skipcoder.load_lm(str(tiny), torch.device("cpu"))
+    activations = MLPActivations(lm, skipcoder.find_mlp(lm, 1)[2])
+    x, y = activations(texts_0[0])
+    config, saved = load_run(out)
+    assert config["tokens_trained"] == 10 * STEP and len(texts_0) == 11
+    trainers = [Trainer(Coder(arch, 32, 256, 4), x, y, config["lr"]) for arch in ARCHS]
+    log = read_log(out)
+    for step, tokens in enumerate(zip(texts_0[1:], texts_1[1:])):
+        assert [len(part) for part in tokens] == [8, 8]
+        x, y = activations(torch.cat(tokens))
+        parts = [activations(part)[1] for part in tokens]
+        variance = sum((part - part.mean(0)).square().sum().item() for part in parts)
+        for trainer in trainers:
+            progress = (step + 0.5) / 10
+            trainer.step(x, y, min(1, progress / 0.05, (1 - progress) / 0.5))
+            fvu = trainer.sums[0].item() / variance
+            trainer.sums.zero_()
+            assert log[step]["fvu"][trainer.coder.arch] == pytest.approx(fvu, rel=1e-3)
+    for trainer in trainers:
+        for p, q in zip(trainer.coder.parameters(), saved[trainer.coder.arch].parameters()):
+            assert (p - q).norm() < 1e-3 * p.norm()
+
+
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-TWO = """
-import sys
-sys.path.insert(0, sys.argv.pop(1))
-import skipcoder
-from skipcoder import *
-
-skipcoder.fast_bfloat16 = lambda device: False
-
-# 1. A run: what it leaves on this rank is what it leaves on the other one.
-trainers, init = [], Trainer.__init__
-
-def seen(self, *args):
-    trainers.append(self)
-    init(self, *args)
-
-Trainer.__init__ = seen
-main()
-Trainer.__init__ = init
-for trainer in trainers:
-    for p in (*trainer.coder.parameters(), trainer.silent):
-        both = [torch.empty_like(p.data) for _ in range(2)]
-        torch.distributed.all_gather(both, p.data)
-        assert torch.equal(*both)
-
-# 2. A step of both ranks is one of Adam's on the sum of both halves' gradients.
-numbers = torch.randn(3, 64, 8, generator=torch.Generator().manual_seed(0))
-start, x, y = numbers * 3 + 1
-halves = slice(0, 20), slice(20, 64)  # of different sizes, as where outliers are left out
-
-def new_trainer(arch):
-    trainer = Trainer(Coder(arch, 8, 40, 5), start, start * 2, 1e-2, dead_after=2)
-    trainer.coder.b_enc.data[7] -= 100  # a dead latent
-    return trainer
-
-def step_of_both(one, arch):  # in one process
-    one.optimizer.zero_grad()
-    active = torch.zeros(40, dtype=torch.bool)
-    for half in halves:
-        y_hat, acts, indices = one.coder(x[half], y[half])
-        active[indices[acts > 0]] = True
-        error = (y[half] - y_hat).square().sum()
-        variance = (y[half] - y[half].mean(0)).square().sum()
-        (error / variance).backward()
-        one.sums += torch.stack([error.detach(), variance])
-    for group in one.optimizer.param_groups:
-        group["lr"] = 1e-2 * group["scale"]
-    W = one.coder.W_dec
-    if arch == "sae":
-        W.grad -= (W.grad * W.data).sum(1, keepdim=True) * W.data
-    one.optimizer.step()
-    if arch == "sae":
-        W.data = F.normalize(W.data)
-    one.silent = torch.where(active, 0, one.silent + 1)
-    one.coder.b_enc.data += WAKE * one.s_z * (one.silent >= 2)
-
-for arch in ARCHS:
-    trainer, one = new_trainer(arch), new_trainer(arch)
-    for _ in range(4):
-        trainer.step(x[halves[RANK]], y[halves[RANK]], 1)
-        step_of_both(one, arch)
-    assert one.silent[7] == 4
-    fvu, fvu_of_one = trainer.pop_fvu(), one.pop_fvu()
-    assert abs(fvu / fvu_of_one - 1) < 1e-5, "what is logged is the FVU of both"
-    torch.testing.assert_close(trainer.silent, one.silent)
-    for p, q in zip(trainer.coder.parameters(), one.coder.parameters()):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
-print("equal")
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_two_processes(tiny, tmp_path):
-    """Under torchrun."""
-    (tmp_path / "two.py").write_text(TWO)
-    done = run(*TORCHRUN, tmp_path / "two.py", ROOT, *flags(tiny, tmp_path / "run"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("equal") == 2
-    assert done.stdout.count("cpu x 2") == 1
-    config, coders = load_run(tmp_path / "run")
-    assert config["tokens_trained"] == 13 * 16 * 31  # the first multiple of a step over 6000
-    assert coders["skip_transcoder"].W_skip.any()
-
-
-# Each process says which one it is. It saves at each step. With "0" or "1" this process alone gets
-# a signal while it asks the other one whether to stop, in step 5. 0, which saves, takes its time.
 SAVING = """
-import os, signal, sys, time, torch
+import os, sys
 print("pid", os.getpid(), flush=True)
-reached = sys.argv.pop(1)
 sys.path.insert(0, sys.argv.pop(1))
 import skipcoder
-skipcoder.LOG_EVERY = skipcoder.SAVE_EVERY = 0
-all_reduce, asked = torch.distributed.all_reduce, []
-
-def interrupted(tensor):
-    all_reduce(tensor)
-    if tensor.ndim == 0:
-        asked.append(tensor)
-        if len(asked) == 5:
-            os.kill(os.getpid(), signal.SIGINT if reached == "1" else signal.SIGTERM)
-
-def slowly(*args):
-    time.sleep(3 * (len(asked) > 5))
-    save_run(*args)
-
-if reached == str(skipcoder.RANK):
-    torch.distributed.all_reduce = interrupted
-if reached == "0" == str(skipcoder.RANK):
-    save_run, skipcoder.save_run = skipcoder.save_run, slowly
+skipcoder.LOG_LINES, skipcoder.SAVE_EVERY = 10**9, -1  # it saves at each step
 skipcoder.main()
 """
 
 
-@pytest.mark.parametrize("reached", ["0", "1", "torchrun"])
-def test_a_signal_under_torchrun_saves_and_ends_both_processes(tiny, tmp_path, reached):
-    """SIGTERM reaches torchrun, which sends it to both, or a signal reaches one of them alone.
-
-    If the other one left before all is saved, torchrun would send SIGTERM once more.
-    """
+def test_a_signal_to_torchrun_ends_both_processes_and_leaves_a_whole_run(tiny, tmp_path):
     (tmp_path / "saving.py").write_text(SAVING)
-    out, deadline = tmp_path / "run", time.time() + 90
-    args = [*TORCHRUN, tmp_path / "saving.py", reached, ROOT]
-    args += flags(tiny, out, "--tokens", "1e9")
-    process = subprocess.Popen(
-        [sys.executable, *map(str, args), "--arch=sae"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ALONE,
-        start_new_session=True,
-    )
-    lines = [process.stdout.readline(), process.stdout.readline()]
-    assert all(lines), process.communicate()[1]
-    pids = [int(line.split()[1]) for line in lines]
-    if reached == "torchrun":
-        while not (out / "config.json").exists():
-            assert time.time() < deadline and process.poll() is None, "training did not start"
-            time.sleep(0.05)
-        time.sleep(0.3)
-        process.terminate()
+    out = tmp_path / "run"
+    args = [*TORCHRUN, tmp_path / "saving.py", ROOT, *flags(tiny, out, "--tokens", "1e9")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, *map(str, args), "--arch=sae"]
+    process = subprocess.Popen(command, **pipes, env=ALONE, start_new_session=True)
+    process.is_alive = lambda: process.poll() is None
+    wait_until((out / "config.json").exists, process, 90)
+    time.sleep(0.3)
+    process.terminate()
     try:
         stdout, stderr = process.communicate(timeout=40)
     except subprocess.TimeoutExpired:
-        for pid in (process.pid, *pids):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)
         raise
-
-    assert process.returncode != 0
+    pids = [int(line.split()[1]) for line in stdout.splitlines() if line.startswith("pid")]
+    assert process.returncode != 0 and len(pids) == 2
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
-    config, coders = load_run(out)
-    trained = config["tokens_trained"]
-    assert trained % (16 * 31) == 0 < trained < 1e9
-    if reached != "torchrun":
-        assert trained == 5 * 16 * 31
-    assert all(p.isfinite().all() for p in coders["sae"].parameters())
-    check_end([line for line in stdout.splitlines() if line[:5] != "error"], out)
-    assert stdout.count("saved after") == 1, "only one process saves"
-    assert 'skipcoder.py", line' not in stderr, stderr
+    config, _ = check_saved(out)
+    assert config["tokens_trained"] % STEP == 0 < config["tokens_trained"] < 1e8
+    assert stdout.count("cpu x 2") == 1, stderr
