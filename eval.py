@@ -17,17 +17,21 @@ have something in common. The judge is the LM itself: two places are alike if it
 there, after the final norm, are alike.
 
     intruder      a latent is active at four places, and silent at a fifth, the intruder. Guess the
-                  one that is least like the others. Score: the share of right guesses, .2 by chance
+                  odd one out. Score: the share of right guesses, .2 by chance
     one word      the same, but all five places have the same token, so that only the text before
                   it can tell
     detection     given ten places where the latent is strongest, tell other places at which it is
                   active from those at which it is silent. Score: the area under the ROC curve,
                   .5 by chance
 
-Baselines give these numbers a scale:
+Baselines give these numbers a scale. FVU, CE and KL:
 
     affine        the best affine map from x to y: how far one gets without latents
     token         the mean of y for the token, which needs no context at all
+    mean, zero    the mean of all y, and nothing (only in the JSON file)
+
+The scores:
+
     neurons       the MLP's own neurons, the k largest of each token
     untrained     a transcoder, and an autoencoder ("untrained_sae"), before training
     null          latents that are active at random places
@@ -64,7 +68,7 @@ import skipcoder
 from skipcoder import Coder
 
 CE_TOKENS = 20_000  # CE and KL use only about so many tokens, as each coder needs a pass of the LM
-LOGITS = 2**26  # are computed at a time: 256 MB for each copy of them
+LOGITS = 2**26  # computed at a time: 256 MB for each copy of them
 
 # ---- The LM, with and without something in the MLP's place ----------------------------------
 
@@ -81,7 +85,7 @@ class PatchedLM:
         linears = [m for m in mlp.modules() if isinstance(m, (nn.Linear, Conv1D))]
         linears[-1].register_forward_pre_hook(self.at_neurons)
         # Our head replaces the LM's. It works in float32, because logits in bfloat16 have steps of
-        # 0.1 nats. It computes only the wanted positions. And it keeps its input as self.hidden.
+        # 0.1 nats, and computes only the positions that a call asks for.
         head = lm.get_output_embeddings()
         self.weight = head.weight.float()  # [vocabulary, width]
         self.bias = None if head.bias is None else head.bias.float()
@@ -104,7 +108,7 @@ class PatchedLM:
     def __call__(self, tokens, y_hat=None, positions=slice(1, -1)):
         """Return log-probabilities of the next tokens, [rows, number of positions, vocabulary].
 
-        If y_hat [rows, T, d] is given, it replaces the MLP's output. Without positions, slice(0),
+        If y_hat [rows, T, d] is given, it replaces the MLP's output. With no positions, slice(0),
         nothing is predicted, but x, y, neurons and hidden are set.
         """
         self.y_hat, self.positions = y_hat, positions
@@ -169,23 +173,23 @@ class Baselines:
     """What predicts y without latents: the best affine map, the token alone, the mean, zero.
 
     The affine map is the least-squares solution A [d, d], b [d] of y = x A + b. The matrix x^T x
-    may be singular, as x comes from a layer norm, whose output before the scale sums to zero. So
-    1e-6 of the mean of its diagonal is added to the diagonal, which moves FVU by less than 1e-5.
+    may be singular, as after a layer norm. So 1e-6 of the mean of its diagonal is added to the
+    diagonal, which moves FVU by less than 1e-5.
 
-    The token baseline is the mean of y over all n places of a token, drawn a little to the mean of
-    all y, as if that had been seen at 5 more places: (sum + 5 mean) / (n + 5).
+    The token baseline is the mean of y over all n occurrences of a token, with 5 more that have the
+    mean of all y: (sum + 5 mean) / (n + 5). A token that never occurred gets the mean of all y.
     """
 
     def __init__(self, patched, batches, d, max_norm, device):
-        # Tokens that occur get a number from 1 on. Number 0 is for all others.
+        # Tokens that occur get the numbers 1, 2, ... All others share number 0.
         occurring = torch.cat(batches).unique().to(device)
         self.number_of = torch.zeros(len(patched.weight), dtype=torch.int64, device=device)
         self.number_of[occurring] = torch.arange(1, len(occurring) + 1, device=device)
         sums = torch.zeros(len(occurring) + 1, d, device=device)
         counts = torch.zeros(len(occurring) + 1, 1, device=device)
 
-        # Sums over tokens of the products of (x, 1) with (x, 1, y): [d + 1, 2 d + 1], in float64 on
-        # the CPU. They hold all that least squares needs, and also the sums of x and y.
+        # Sums over tokens of the products of (x, 1) with (x, 1, y): [d + 1, 2 d + 1], added up in
+        # float64. They hold all that least squares needs, and also the sums of x and y.
         products = 0
         for tokens in tqdm(batches, "baselines", leave=False):
             tokens = tokens.to(device)
@@ -224,19 +228,20 @@ class Baselines:
 class Sample:
     """What one pass over held-out text collects.
 
-    Counted tokens are numbered from 0 on, and such a number is called a place. Entries by name are
-    those of coders and baselines. Lists have an item for each batch.
+    Counted tokens are numbered from 0 on, and such a number is called a place. Lists have an item
+    for each batch. Dicts are by name, that of a coder or a baseline.
     """
 
     def __init__(self):
         self.counted = []  # bool [rows, T]: which of all tokens count
         self.hidden = []  # [n, d]: the LM's last hidden states at places
-        self.active = defaultdict(list)  # by name: (place, latent, act) of all active latents
-        self.y, self.y_all = Moments(), Moments()  # at places; at places and of outliers
-        self.errors = defaultdict(float)  # by name: sum |y - y_hat|^2 over places
-        self.errors_all = defaultdict(float)  # by name: the same over places and outliers
-        # For batches with predictions: how many count in each row, and the sums of their losses.
-        self.predictions, self.ce, self.kl = [], defaultdict(list), defaultdict(list)  # [rows] each
+        self.active = defaultdict(list)  # (place, latent, act) of all active latents
+        self.y, self.y_all = Moments(), Moments()  # of places, of places and outliers
+        self.errors = defaultdict(float)  # sum |y - y_hat|^2 over places
+        self.errors_all = defaultdict(float)  # the same over places and outliers
+        # Only of batches with predictions, [rows] each:
+        self.num_predictions = []  # those that count in each row
+        self.ce, self.kl = defaultdict(list), defaultdict(list)  # the sums of their losses
 
 
 def active_entries(acts, indices, first_place):
@@ -251,7 +256,9 @@ def read_held_out(patched, batches, coders, untrained, baselines, k, max_norm):
     """Run the LM, the coders and the baselines on batches of tokens, and return a Sample."""
     sample, device = Sample(), baselines.y_mean.device
     rows, T = batches[0].shape
-    every = max(1, len(batches) * rows * (T - 2) // CE_TOKENS)  # batches; one of them has CE and KL
+    # CE and KL are taken from every n-th batch, at least from two.
+    every = len(batches) * rows * (T - 2) // CE_TOKENS
+    every = max(1, min(every, len(batches) // 2))
     width = max(1, LOGITS // len(patched.weight) // rows)  # positions predicted at a time
 
     for number, tokens in enumerate(tqdm(batches, "held-out text", leave=False)):
@@ -275,8 +282,8 @@ def read_held_out(patched, batches, coders, untrained, baselines, k, max_norm):
         neurons = patched.neurons[:, 1:].flatten(0, 1)  # [rows * (T - 1), number of neurons]
         entries["neurons"] = neurons.topk(min(k, neurons.shape[1]))  # as acts and indices
         for name, (acts, indices) in entries.items():
-            found = active_entries(acts[inlier], indices[inlier], first_place)
-            sample.active[name].append(found)
+            active = active_entries(acts[inlier], indices[inlier], first_place)
+            sample.active[name].append(active)
 
         # The variance of y, and the errors. The mean of the training text is subtracted from y for
         # precision alone: this changes no variance, and sums of smaller numbers lose fewer digits.
@@ -308,7 +315,7 @@ def read_held_out(patched, batches, coders, untrained, baselines, k, max_norm):
                 ce = -log_q.gather(-1, following)[..., 0]
                 kl = torch.linalg.vecdot(p, log_p - log_q)
                 sums[name] += (torch.stack([ce, kl]).cpu().double() * predicted).sum(-1)
-        sample.predictions.append(counted[:, 1:-1].sum(1).cpu())
+        sample.num_predictions.append(counted[:, 1:-1].sum(1).cpu())
         for name, (ce, kl) in sums.items():
             sample.ce[name].append(ce)
             sample.kl[name].append(kl)
@@ -317,7 +324,7 @@ def read_held_out(patched, batches, coders, untrained, baselines, k, max_norm):
 
 def losses(sample, name):
     """Return FVU, CE and KL of what stood in the MLP's place under this name."""
-    numbers = torch.cat(sample.predictions).double()
+    numbers = torch.cat(sample.num_predictions).double()
     ce, clean, ablated = (torch.cat(sample.ce[key]) for key in (name, "clean", "mean"))
     increase, increase_se = mean_over_rows(ce - clean, numbers)
     harm, harm_se = mean_over_rows(ablated - clean, numbers)
@@ -337,19 +344,13 @@ def losses(sample, name):
 
 # ---- Third stage: the scores ----------------------------------------------------------------
 
-TRIALS = 10  # of a latent, for each of the scores intruder and one word
+TRIALS = 10  # of each latent, by intruder and by one word
 SHOWN = 4  # places of a trial at which the latent is active; one more is the intruder
 FIFTHS = 5  # parts of a latent's active places, which are sorted by act
-MIN_ACTIVE, MIN_SHARE = 40, 1 / 2500  # a latent is scored if it is active at so many places
+MIN_ACTIVE, MIN_SHARE = 40, 1 / 2500  # a latent is scored if active at 40 places and 1 in 2,500
 EXEMPLARS, NEAREST, SILENT = 10, 3, 1000  # places for detection: see `detect`
-SCORES = (
-    "intruder",
-    "one_word",
-    "detection",
-    "intruder_token",
-    "detection_lookup",
-    "detection_fpr",
-)
+SCORES = ("intruder", "one_word", "detection")
+WITHOUT_CONTEXT = ("intruder_token", "detection_lookup")  # what a judge of the token alone scores
 
 
 class ActiveTokens:
@@ -380,8 +381,9 @@ class Contexts:
         # Words are the ids of the tokens that occur, numbered anew from 0 on.
         ids, self.words, self.count = tokens.unique(return_inverse=True, return_counts=True)
         self.places_of = self.words.argsort(stable=True).split(self.count.tolist())  # of each word
+        # For a judge that sees the token alone: its embedding, minus the mean over the sample.
         static = embedding[ids.to(embedding.device)].float().cpu()  # [words, d]
-        mean = self.count / len(tokens) @ static
+        mean = (self.count / len(tokens)) @ static
         self.static = F.normalize(static - mean, dim=-1)
 
 
@@ -396,7 +398,7 @@ def intruder_trials(active, silent, generator):
     (Paulo & Belrose 2025, arXiv 2507.08473.) `active` is sorted by act. Trial t draws from its
     fifth t mod 5, of which 0 has the largest acts.
     """
-    fifths = active.tensor_split(FIFTHS) * (TRIALS // FIFTHS)
+    fifths = active.tensor_split(FIFTHS) * (TRIALS // FIFTHS)  # each of them twice
     shown = torch.stack([draw(fifth, SHOWN, generator) for fifth in fifths])
     intruders = silent[torch.randint(len(silent), (TRIALS, 1), generator=generator)]
     return torch.cat([shown, intruders], dim=1)
@@ -405,7 +407,8 @@ def intruder_trials(active, silent, generator):
 def one_word_trials(active, is_active, contexts, generator):
     """Return trials as above, each of places with one word, or None if no word allows it.
 
-    The word is drawn by how often the latent is active on it. is_active: bool [n].
+    The chance of a word is proportional to how often the latent is active on it. It must be active
+    on it four times, and silent once. is_active: bool [n].
     """
     times = contexts.words[active].bincount(minlength=len(contexts.count))  # active on each word
     weight = times.double() * (times >= SHOWN) * (times < contexts.count)
@@ -422,8 +425,8 @@ def one_word_trials(active, is_active, contexts, generator):
 def found(states):
     """Return the share of intruders found in trials of unit vectors [10, 5, d].
 
-    The guess is the place with the smallest sum of cosine similarities to all five. Of several
-    that are equally small, each is the guess with the same chance.
+    The guess is the place with the smallest sum of cosine similarities to all five. If there is a
+    tie, the trial counts in part.
     """
     sums = (states @ states.mT).sum(-1)  # [10, 5]
     guesses = sums < sums.min(-1, keepdim=True).values + 1e-5
@@ -441,18 +444,23 @@ def auroc(active, silent):
 def detect(active, silent, contexts, generator):
     """Return how well a latent's places in the second half of the sample follow from the first.
 
-    A place is as likely to be active as its mean similarity to the three nearest of ten exemplars:
-    the strongest places of the first half. This is the counterpart of the paper's detection
-    (section 3), with exemplars in place of an explanation. The threshold of the true positives in
-    each fifth is passed by 5% of silent places of the first half. False positives are counted where
-    half of the active places are found. `lookup` knows only how often the latent is active on the
-    place's word in the first half. Return None if a half has fewer than ten active places.
+    The counterpart of the paper's detection (section 3), with exemplars in place of an explanation:
+    the ten strongest places of the first half. Places are ranked by their mean similarity to the
+    three nearest of them. Returned are, as a dict,
+
+        detection         AUROC of the second half's active places against silent ones
+        detection_lookup  AUROC if ranked by how often the latent was active on the place's word
+        detection_tpr     the share of active places found, in each fifth of acts, at the threshold
+                          that 5% of the silent places of the first half pass
+        detection_fpr     the share of silent places that pass where half of the active ones do
+
+    or None if a half has fewer than ten active places, or silent ones.
     """
     words, half = contexts.words, len(contexts.words) // 2
     before, after = active[active < half], active[active >= half]  # sorted by act, as `active`
-    if min(len(before), len(after)) < EXEMPLARS:
-        return None
     silent_before, silent_after = silent[silent < half], silent[silent >= half]
+    if min(map(len, (before, after, silent_before, silent_after))) < EXEMPLARS:
+        return None
     silent_before = silent_before[torch.randint(len(silent_before), (SILENT,), generator=generator)]
     silent_after = silent_after[torch.randint(len(silent_after), (SILENT,), generator=generator)]
     exemplars = contexts.states[before[:EXEMPLARS]]  # [10, d]
@@ -493,14 +501,16 @@ def score(active_tokens, contexts, wanted, seed):
 
     live = (active_tokens.count > 0).sum().item()
     row = {"latents_scored": len(judged), "eligible": None}
-    if live > 0:  # the share of latents that are ever active
+    if live > 0:  # the share of latents that could be scored, among those that are ever active
         row["eligible"] = active_tokens.eligible.sum().item() / live
-    for key in SCORES:
+    for key in (*SCORES, *WITHOUT_CONTEXT, "detection_fpr"):
         values = torch.tensor([s[key] for s in judged if key in s], dtype=torch.float64)
         enough = len(values) > 1
         row[key], row[f"{key}_se"] = mean_and_error(values) if enough else (None, None)
-        row[f"{key}_share"] = len(values) / max(1, len(judged))  # of these latents that have it
-        if key == "intruder":  # how much latents differ: less the noise of a share of ten trials
+        row[f"{key}_share"] = len(values) / max(1, len(judged))  # of scored latents that have it
+        if key == "intruder":
+            # How much latents differ. A share of ten trials is itself uncertain: the variance of
+            # that, s (1 - s) / 9, is subtracted.
             noise = (values * (1 - values)).mean() / (TRIALS - 1)
             row["intruder_sd"] = (
                 (values.var() - noise).clamp(min=0).sqrt().item() if enough else None
@@ -519,7 +529,6 @@ def evaluate(config, coders, args):
     max_norm = config.get("max_norm", math.inf)
     rows = max(1, 1024 // ctx_len)  # in a batch
 
-    # Load the LM.
     lm = skipcoder.load_lm(config["model"], device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(config["model"])
     patched = PatchedLM(lm, config["layer"])
@@ -528,17 +537,19 @@ def evaluate(config, coders, args):
         if len(coder.b_dec) != d:
             sys.exit(f"error: RUN {args.run}: {config['model']} is {d} wide, and {name} is not")
 
-    # Read both sides of the split. With 200 training tokens per dimension, overfitting of the
-    # affine map costs about 1/200 of its FVU.
+    # Read both sides of the split (of --dataset, if it is given). With 200 training tokens per
+    # dimension, overfitting of the affine map costs about 1/200 of its FVU.
     sources = skipcoder.find_sources(args.dataset, args.subset)
     batches = {}
     for side, wanted in (("training", 200 * d), ("held-out", args.tokens)):
         stream = skipcoder.token_batches(sources, tokenizer, ctx_len, rows, side == "held-out")
         batches[side] = list(islice(stream, math.ceil(wanted / rows / (ctx_len - 1))))
+    if sum(map(len, batches["held-out"])) < 2:
+        sys.exit(f"error: --tokens {args.tokens}: fewer than two rows of {ctx_len} held-out tokens")
     trained_on = sum(map(len, batches["training"])) * (ctx_len - 1)
     enough = trained_on > 100 * d
 
-    # First stage: baselines. Those without training have the size and k of the coder of median k.
+    # First stage: baselines. Neurons and untrained coders have the k of the coder of median k.
     baselines = Baselines(patched, batches["training"], d, max_norm, device)
     reference = sorted(coders.values(), key=lambda coder: coder.k)[len(coders) // 2]
     M, k = len(reference.W_dec), reference.k
@@ -553,28 +564,26 @@ def evaluate(config, coders, args):
 
     # Second stage: held-out text.
     sample = read_held_out(patched, batches["held-out"], coders, untrained, baselines, k, max_norm)
-    tokens, counted = (
-        torch.cat(batches["held-out"]),
-        torch.cat(sample.counted),
-    )  # [all rows, T] each
+    tokens = torch.cat(batches["held-out"])  # [all rows, T]
+    counted = torch.cat(sample.counted)  # [all rows, T]
     n = sample.y.number
 
     # Third stage: the scores, also of latents that are active at random places.
     generator = torch.Generator().manual_seed(args.seed)
-    size = max(2 * MIN_ACTIVE, n // 200)  # places of such a latent
+    size = min(n, max(2 * MIN_ACTIVE, n // 200))  # places of such a latent
     places = [torch.randperm(n, generator=generator)[:size] for _ in range(args.latents)]
     latents = torch.arange(args.latents).repeat_interleave(size)
     acts = torch.rand(len(latents), generator=generator)
-    sample.active["null"] = [(torch.cat(places), latents[: n * args.latents], acts)]
+    sample.active["null"] = [(torch.cat(places), latents, acts)]
     contexts = Contexts(torch.cat(sample.hidden), tokens[counted], lm.get_input_embeddings().weight)
     sizes = {name: len(coder.W_dec) for name, coder in (coders | untrained).items()}
     sizes |= {"neurons": patched.neurons.shape[-1], "null": args.latents}
     active = {
         name: ActiveTokens(entries, sizes[name], n) for name, entries in sample.active.items()
     }
-    rows, judged = {}, {}
+    scores, judged = {}, {}
     for name in tqdm(active, "scores", leave=False):
-        rows[name], judged[name] = score(active[name], contexts, args.latents, args.seed)
+        scores[name], judged[name] = score(active[name], contexts, args.latents, args.seed)
 
     # The report.
     run = config | {"hookpoint": patched.hookpoint, "evaluated_on": args.dataset}
@@ -592,10 +601,11 @@ def evaluate(config, coders, args):
         count = active[name].count
         row = {"arch": coder.arch, "k": coder.k, "num_latents": len(count)}
         row |= {"l0": count.sum().item() / n, "dead": (count == 0).double().mean().item()}
-        row |= losses(sample, name) | rows.pop(name)
+        row |= losses(sample, name) | scores[name]
         report["coders"][name] = row if enough else row | {"ce_recovered": None}
     fitted = {name: losses(sample, name) if enough else None for name in ("affine", "token")}
-    report["baselines"] = fitted | rows
+    without = {name: row for name, row in scores.items() if name not in coders}
+    report["baselines"] = fitted | without
     where = (
         counted.flatten().nonzero().flatten()
     )  # [n], the index of each place in tokens.flatten()
@@ -605,7 +615,7 @@ def evaluate(config, coders, args):
 
 # ---- The report as text ---------------------------------------------------------------------
 
-COLUMNS = {  # key in the report: heading and digits (which errors decide, where there are some)
+COLUMNS = {  # key in the report: heading, and digits if there is no error
     "fvu": ("FVU", 4),
     "l0": ("L0", 1),
     "dead": ("dead", 3),
@@ -617,46 +627,50 @@ COLUMNS = {  # key in the report: heading and digits (which errors decide, where
 }
 
 
+def short(number, digits):
+    """Return a number as text, without a zero before the point."""
+    text = f"{number:.{digits}f}"
+    return text.replace("0.", ".", 1) if abs(number) < 1 else text
+
+
 def table(report):
-    """Return a header, and a row of cells for each coder and baseline that there is."""
+    """Return a header and a row of cells for each coder and baseline."""
     rows = report["coders"] | report["baselines"]
     rows = {name: row for name, row in rows.items() if row is not None}
     columns = [["", *rows]]
     for key, (heading, digits) in COLUMNS.items():
         errors = [row.get(f"{key}_se") or 0 for row in rows.values()]
-        if max(errors) > 0:  # show two digits of the largest
+        if max(errors) > 0:  # two digits of the largest error, and no more than five
             digits = min(5, 1 - math.floor(math.log10(max(errors))))
         cells = [heading]
         for row, error in zip(rows.values(), errors):
-            numbers = [row.get(key), error or None]
-            texts = [f"{number:.{digits}f}" for number in numbers if number is not None]
-            cells.append(
-                "±".join(text.replace("0.", ".", 1) if text[0] in "-0" else text for text in texts)
-            )
+            value = row.get(key)
+            cells.append("" if value is None else short(value, digits))
+            if error > 0:
+                cells[-1] += f"±{short(error, digits)}"
         columns.append(cells)
     return list(zip(*columns))
 
 
 def remarks(report):
-    """Return what was evaluated on what, how to read the table, and what is missing."""
-    run, left_out, lines = report["run"], report["outliers"], []
-    for what, dataset, subset in (
-        (f"{run['hookpoint']} of {run['model']}, trained on", run["dataset"], run["subset"]),
-        (f"{report['tokens']:,} held-out tokens of", run["evaluated_on"], run["evaluated_subset"]),
-    ):
-        lines.append(f"{what} {dataset}{f', {subset}' if subset else ''}.")
+    """Return the text, how to read the table, and what is missing, as a list of paragraphs."""
+    run, left_out = report["run"], report["outliers"]
+    trained_on = " ".join(filter(None, (run["dataset"], run.get("subset"))))
+    evaluated_on = " ".join(filter(None, (run["evaluated_on"], run["evaluated_subset"])))
+    lines = [f"{run['hookpoint']} of {run['model']}, trained on {trained_on}."]
     lines.append(
-        f"Cross-entropy is {report['clean_ce']:.4f} nats per token, {report['mean_ablated_ce']:.4f}"
-        f" with the mean of y in the MLP's place, {report['zero_ablated_ce']:.4f} with zero."
+        f"{report['tokens']:,} held-out tokens of {evaluated_on}. Cross-entropy is"
+        f" {report['clean_ce']:.4f} nats per token, {report['mean_ablated_ce']:.4f} with the mean of"
+        f" y in the MLP's place, {report['zero_ablated_ce']:.4f} with zero."
     )
     lines.append(
         "Lower is better for FVU (1: no better than the mean), CE increase and KL, higher for the"
-        " scores (by chance: intruder and one word .2, detection .5). ± is one standard error, over"
-        f" rows of text or over latents. Baselines of the scores have k {run['baselines_k']}."
+        " scores (by chance: intruder and one word .2, detection .5). ± is one standard error, of"
+        f" rows of text or of latents. Baselines of the scores have k {run['baselines_k']}."
     )
-    scores = {name: row["intruder_token"] for name, row in report["coders"].items()}
-    told = ", ".join(f"{name} {score:.3f}" for name, score in scores.items() if score is not None)
-    lines.append(f"Intruder scores of a judge that sees the token alone, no context: {told}.")
+    by_token = {name: row["intruder_token"] for name, row in report["coders"].items()}
+    told = ", ".join(f"{name} {short(x, 3)}" for name, x in by_token.items() if x is not None)
+    lines.append(f"Intruder by a judge that sees the token alone, no context: {told or 'none'}.")
     if left_out["tokens"] > 0:
         lines.append(
             f"Left out as outliers: {left_out['tokens']:.2%} of the tokens, with"
@@ -678,7 +692,7 @@ AROUND = 12  # tokens on each side of the token that a context is about
 def legible(tokenizer, tokens):
     """Return the text that each token adds to those before it.
 
-    A character that several tokens share stands at the last of them.
+    A character that several tokens share is shown at the last of them.
     """
     texts, before = [], ""
     for i in range(len(tokens)):
@@ -698,7 +712,7 @@ def context(tokenizer, row, peak, acts):
     """
     start, end = max(0, peak - AROUND), min(peak + AROUND + 1, len(row))
     # Some tokenizers drop a space before the first token, so take one more, which is not shown.
-    texts = legible(tokenizer, row[max(0, start - 1) : end])[start - end :]
+    texts = legible(tokenizer, row[max(0, start - 1) : end])[-(end - start) :]
     shown = []
     for i, text in enumerate(texts, start):
         tag = "b" if i == peak else "span"
@@ -713,7 +727,7 @@ def latent_on_page(scores, active, tokens, where, tokenizer):
     places, acts = where[active.places[scores["latent"]]], active.acts[scores["latent"]]
     relative = torch.zeros(tokens.shape).flatten().index_copy_(0, places, acts / acts[0])
     n, numbers = len(places), [f"active on {len(places) / len(where):.2%} of tokens"]
-    numbers += [f"{COLUMNS[key][0]} {scores[key]:.2f}" for key in SCORES[:3] if key in scores]
+    numbers += [f"{COLUMNS[key][0]} {scores[key]:.2f}" for key in SCORES if key in scores]
     parts = [f"<article><h3>latent {scores['latent']}</h3> {', '.join(numbers)}<div>"]
     for rank in (0, 1, 2, 3, 0.3 * n, 0.5 * n, 0.7 * n, 0.9 * n):
         row, peak = divmod(places[int(rank)].item(), tokens.shape[1])
@@ -762,10 +776,10 @@ article div {{
   display: grid; grid-template-columns: 2rem minmax(0, 1fr) minmax(0, 1fr);
   font: 13px/1.7 ui-monospace, monospace; white-space: pre;
 }}
-article p {{ margin: 0; overflow: hidden }}
+article p {{ margin: 0; padding: 0 1px; overflow: hidden }}
 article p:nth-of-type(odd) {{ display: flex; justify-content: flex-end }}  /* cut at its start */
 span, b {{ background: rgb(var(--hot) / calc(var(--act, 0) * 90%)); unicode-bidi: isolate }}
-b {{ font-weight: normal; outline: 2px solid; outline-offset: -2px }}
+b {{ font-weight: normal; outline: thin solid }}
 </style>
 <h1>{title}</h1>
 <div class="table" tabindex="0"><table>{table}</table></div>
@@ -796,7 +810,7 @@ def main():
     config, coders = skipcoder.load_run(args.run, args.device)
     if args.dataset is None:
         args.dataset = config["dataset"]
-        args.subset = args.subset or config["subset"]
+        args.subset = args.subset or config.get("subset")
     for path in (args.json, args.html):
         if path and not path.parent.is_dir():
             sys.exit(f"error: {path}: there is no folder {path.parent}")
@@ -809,8 +823,10 @@ def main():
     widths = [max(map(len, column)) for column in zip(*cells)]
     for first, *rest in cells:
         numbers = [text.rjust(width) for text, width in zip(rest, widths[1:])]
-        print("  ".join([first.ljust(widths[0]), *numbers]))
-    print(*[textwrap.fill(line, 100) for line in ["", *remarks(report)]], sep="\n\n")
+        print(" ".join([first.ljust(widths[0]), *numbers]))
+    # (Paths stay whole, so that they can be copied.)
+    whole = {"break_on_hyphens": False, "break_long_words": False}
+    print(*[textwrap.fill(line, 100, **whole) for line in ["", *remarks(report)]], sep="\n\n")
     if args.json:
         skipcoder.write({args.json: json.dumps(report, indent=2, allow_nan=False) + "\n"})
     if args.html:

@@ -13,7 +13,7 @@ its output:
     skip_transcoder  z = TopK(W_enc x + b_enc)              y_hat = W_dec z + W_skip x + b_dec
 
 x and y have d entries, and z has one entry for each of the M latents. TopK sets all but the k
-largest entries to 0, and a ReLU then does the same to negative ones. The autoencoder shows what the
+largest entries to 0, and a ReLU then sets negative ones to 0, too. The autoencoder shows what the
 MLP's output is made of. The transcoders imitate what the MLP computes. All three predict y, and
 training minimises the fraction of the variance of y that is left unexplained:
 
@@ -63,7 +63,7 @@ class Arch(NamedTuple):
     """The choices that distinguish one architecture from another."""
 
     reads: str  # what the encoder reads: "x", the MLP's input, or "y", its output
-    unit_rows: bool = False  # whether W_dec starts as W_enc, and keeps rows of length 1
+    unit_rows: bool = False  # whether W_dec starts as W_enc, and its rows stay at length 1
     skip: bool = False  # whether W_skip x is added to the prediction
 
 
@@ -82,7 +82,7 @@ class Coder(nn.Module):
     file.) The activations of N tokens are the rows of a matrix [N, d].
     """
 
-    # Saved in cfg.json. Change it when you change `encode`, so that other code can tell.
+    # Saved in cfg.json. Change it when you change `encode`: `load_run` and sparsify read it.
     activation = "topk"
 
     def __init__(self, arch: str, d: int, num_latents: int, k: int, seed: int = 0):
@@ -95,7 +95,7 @@ class Coder(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(num_latents))
         # A latent of the autoencoder should write what it reads, so W_dec starts as W_enc. What a
         # latent of a transcoder should write is not known in advance, so W_dec starts as zero.
-        # W_enc gets a gradient after one step, when W_dec is no longer zero.
+        # (The gradient of W_enc passes through W_dec, so it is zero in the first step only.)
         self.W_dec = nn.Parameter(W.clone() if self.unit_rows else torch.zeros_like(W))
         self.b_dec = nn.Parameter(torch.zeros(d))
         self.W_skip = nn.Parameter(torch.zeros(d, d)) if spec.skip else None
@@ -115,15 +115,16 @@ class Coder(nn.Module):
     def encode(self, x, y):
         """Return acts and indices, [N, k] each: the k active latents of each token of x, y [N, d].
 
-        An act is the value of a latent. It is positive, or 0 where the ReLU applies.
+        An act is the value of a latent: its pre-activation, or 0 if that is negative.
         """
         read = x if self.reads == "x" else y - self.b_dec  # [N, d]
-        # A faster F.linear(read, self.W_enc, self.b_enc).topk(self.k), with the same gradients:
+        # F.linear(read, self.W_enc, self.b_enc).topk(self.k), with a faster backward pass:
         top, indices = TopKEncoder.apply(read, self.W_enc, self.b_enc, self.k)  # [N, k] each
         return top.relu(), indices
 
     def decode(self, acts, indices, x):
         """Return y_hat [N, d]: for each token the sum of its latents' W_dec rows times its acts."""
+        # The sum over k of acts[:, k] * W_dec[indices[:, k]]:
         y_hat = F.embedding_bag(indices, self.W_dec, per_sample_weights=acts, mode="sum")
         y_hat = y_hat + self.b_dec
         if self.W_skip is not None:
@@ -169,7 +170,8 @@ class Trainer:
         # Adam changes every number by about lr per step, however large its gradient is. So we
         # multiply lr by a scale: for a bias, the size of what it is added to; for a matrix, the
         # size of its output over the size of its input. The sizes are standard deviations of single
-        # entries: s_x those of x, s_y those of y, and s_z those of pre-activations.
+        # entries: s_x those of x, s_y those of y, and s_z those of pre-activations. (That TopK
+        # selects large ones is left out: this is a rule of thumb.)
         s_x, s_y = (a.var(0, correction=0).mean().sqrt().item() for a in (x, y))
         if not math.isfinite(s_x + s_y):
             sys.exit("error: --model: the MLP's input or output is not finite")
@@ -197,8 +199,8 @@ class Trainer:
         with fast_matmuls(x.device):
             y_hat, _, _ = coder(x, y)
 
-        # 2. The loss is the FVU, but for its denominator: the variance of the first batch, so that
-        #    every step and every process weighs an error alike. (Adam ignores constant factors.)
+        # 2. The loss is the FVU, with a fixed denominator: the variance of the first batch. So an
+        #    error counts the same in every step and every process.
         squared_error = (y - y_hat).square().sum()
         loss = squared_error / self.variance
         self.optimizer.zero_grad()
@@ -208,7 +210,7 @@ class Trainer:
         # 3. Under torchrun, add up the gradients of all processes.
         if WORLD > 1:
             for parameter in coder.parameters():
-                if parameter.requires_grad:  # (a fork may freeze one)
+                if parameter.requires_grad:  # (you may have frozen one)
                     torch.distributed.all_reduce(parameter.grad)
 
         # 4. Update the parameters. The autoencoder's W_dec rows stay on the unit sphere: make
@@ -244,7 +246,7 @@ class Trainer:
 
 # ---- Errors of users ------------------------------------------------------------------------
 
-MODEL_HINT = "pass a name on the hub or a local folder; eval.py finds it in the run's config.json"
+MODEL_HINT = "pass a name on the hub, or a local folder; for a run, edit its config.json"
 DATA_HINT = (
     "pass a name on the hub, or a file or folder of .parquet, .jsonl or .txt, compressed or not."
     " Without the hub, run python tests/demo.py"
@@ -266,7 +268,7 @@ def exit_on_error(flag, hint, errors=LIBRARY_ERRORS):
     try:
         yield
     except errors as error:
-        # What a reader process raises comes here with its traceback before the message.
+        # If a reader process raised it, DataLoader has put its traceback before the message.
         message = str(error).split("DataError: ")[-1] or type(error).__name__
         sys.exit(f"error: {flag}: {' '.join(message.split())} ({hint})")
 
@@ -299,7 +301,7 @@ def find_mlp(lm, layer: int):
         sys.exit(f"error: --layer {layer}: the model has blocks 0 to {len(blocks) - 1}")
     mlp = getattr(blocks[layer], "mlp", None)
     parts = str(mlp).lower()  # lists the names and classes of its submodules
-    if mlp is None or "expert" in parts or "router" in parts:
+    if mlp is None or "expert" in parts or "router" in parts:  # or a mixture of experts
         sys.exit(f"error: --layer {layer}: {type(blocks[layer]).__name__} has no dense .mlp")
     hookpoint = next(name for name, m in lm.base_model.named_modules() if m is mlp)
     return hookpoint, blocks, mlp
@@ -320,7 +322,7 @@ class MLPActivations:
         if len(args) != 1 or not isinstance(output, Tensor):  # BLOOM's MLP takes the residual, too
             sys.exit(f"error: --model: {type(mlp).__name__} does not map one tensor to another")
         if self.y is not None:  # as in an LM that loops over its blocks
-            sys.exit(f"error: --model: {type(mlp).__name__} runs more than once for a token")
+            sys.exit(f"error: --model: {type(mlp).__name__} runs more than once in a forward pass")
         # Make copies, since a block may add to these tensors in place afterwards. Falcon's does.
         self.x = args[0].to(torch.float32, copy=True)  # [rows, ctx_len, d]
         self.y = output.to(torch.float32, copy=True)
@@ -337,16 +339,16 @@ class MLPActivations:
         norm = y.norm(dim=1)
         if self.max_norm is None:
             self.max_norm = OUTLIER * norm.median().item()
-        # What is not finite is no outlier: it would be left out without a word.
+        # Keep what is not finite: Trainer shall see it and stop.
         outlier = norm.isfinite() & (norm > self.max_norm)
-        kept = (~outlier).nonzero().flatten()  # once, because a GPU has to wait for it
+        kept = (~outlier).nonzero().flatten()  # one index for x and y, as a GPU waits for it
         return x[kept], y[kept]
 
 
 # ---- Text: documents -> one side of the split -> packed rows -> shuffled -> batches ----------
 
-LINES = 100  # a .txt file may hold a whole library, so this many lines make a document
-LONGEST = 100_000  # characters; longer documents are tokenised in pieces
+LINES = 100  # a .txt file may hold many books, so this many lines make a document
+LONGEST = 100_000  # characters; longer documents become several, on the same side of the split
 SHUFFLE_ROWS = 2048  # rows are drawn from a pool of this size; without shuffling FVU rose by 17%
 READERS = 2  # reader processes for each training process; a reader packs 0.5M tokens per second
 
@@ -359,12 +361,12 @@ def read_parquet(file):
 def read_jsonl(file):
     for number, line in enumerate(io.TextIOWrapper(file, "utf-8-sig"), 1):
         try:
-            # Later documents may lack a text. If the first does, the file is of another kind.
             if line.strip():
                 record = json.loads(line)
+                # Later documents may lack a text. If the first does, the file is of another kind.
                 yield record["text"] if number == 1 else record.get("text")
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise DataError(f"line {number} is no JSON object with a text: {line[:60]!r}") from None
+            raise DataError(f"line {number} is not an object with a text: {line[:60]!r}") from None
 
 
 def read_txt(file):
@@ -390,8 +392,9 @@ def find_sources(dataset, subset):
             stream = datasets.load_dataset(dataset, subset, split="train", streaming=True)
             stream = stream.select_columns(["text"])
             return [stream.shard(stream.num_shards, i) for i in range(stream.num_shards)]
+    # All files of a folder but hidden ones. (Where `path` is a file, path / "" is that file.)
     names = sorted(glob("**", root_dir=path, recursive=True)) if path.is_dir() else [""]
-    files = [path / name for name in names if (path / name).is_file()]  # without hidden ones
+    files = [path / name for name in names if (path / name).is_file()]
     read = [file for file in files if file_format(file) in FORMATS]
     if not read:
         sys.exit(f"error: --dataset {path}: no text to read ({DATA_HINT})")
@@ -403,7 +406,7 @@ def find_sources(dataset, subset):
 def read_source(source):
     """Yield the text of each document of a file or a shard, or None if it has none."""
     if isinstance(source, datasets.IterableDataset):
-        # (Not record by record: in a reader, that would split each shard between all readers.)
+        # (A loop over the records would, in a reader, yield only that reader's part of the shard.)
         for batch in source.iter(100):
             yield from batch["text"]
     else:
@@ -412,7 +415,7 @@ def read_source(source):
 
 
 def is_held_out(text):
-    """Return whether a document is kept for eval.py, as one in ten is.
+    """Return whether a document is among the tenth that is kept for eval.py.
 
     It depends on a checksum of the text alone, so every reader and every order agree on it.
     """
@@ -456,16 +459,16 @@ def pack(texts, tokenizer, ctx_len):
 
 
 def pack_groups(groups, held_out, tokenizer, ctx_len):
-    """Yield the packed rows of each group of sources, as `datasets` wants them."""
+    """Yield the packed rows of each group of sources, each as a dict, as `datasets` wants it."""
     for sources in groups:
         for row in pack(documents(sources, held_out), tokenizer, ctx_len):
             yield {"tokens": row}
 
 
 def start_reader(_number):
-    """Keep Ctrl-C and the end of the terminal from a reader process, and use one thread in it."""
+    """Shield a reader process from Ctrl-C, and let it use one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if hasattr(os, "setsid"):  # not on Windows
+    if hasattr(os, "setsid"):  # a session of its own, which signals of the terminal do not reach
         os.setsid()
 
 
@@ -475,8 +478,9 @@ def token_rows(sources, tokenizer, ctx_len, batch_size, held_out, seed):
     if endless:
         sources = random.Random(seed).sample(sources, len(sources))
 
-    # Divide the sources into a group for each reader of each process. (A group is packed as one
-    # text, since a file may be shorter than a row.) What is read does not depend on the machine.
+    # Divide the sources into groups, one for each reader of each process: 8 files make 4 groups for
+    # 2 processes of 2 readers. (A group is packed as one text, since a file may be shorter than a
+    # row.) The number of readers is fixed, so that a run does not depend on the number of cores.
     readers = max(1, min(READERS, len(sources) // WORLD))
     num_groups = min(readers * WORLD, len(sources))
     groups = [sources[i::num_groups] for i in range(num_groups)]
@@ -485,25 +489,27 @@ def token_rows(sources, tokenizer, ctx_len, batch_size, held_out, seed):
     stream = datasets.IterableDataset.from_generator(pack_groups, gen_kwargs=kwargs)
     if endless:
         stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
-        # Each process gets its own groups. If there are fewer groups than processes, each process
-        # reads all of them instead, and keeps one row in WORLD.
+        # Each process gets its own groups. If there are fewer groups than processes, this lets each
+        # process read all of them instead, and keep one row in WORLD.
         stream = datasets.distributed.split_dataset_by_node(stream, RANK, WORLD)
     # Rows come from a reader in batches, since one by one is slow.
     options = {"batch_size": batch_size, "prefetch_factor": 16, "persistent_workers": endless}
     options |= {"num_workers": readers, "worker_init_fn": start_reader}
     loader = torch.utils.data.DataLoader(stream, **options)
 
-    for epoch in count() if endless else [0]:
-        stream.set_epoch(epoch)  # shuffles anew, in the readers, too, which go on running
+    epochs = count() if endless else [0]
+    for epoch in epochs:
+        stream.set_epoch(epoch)  # shuffles anew, also in the readers, which go on running
         num_rows = 0
         for batch in loader:
             num_rows += len(batch["tokens"])
             yield from batch["tokens"]
         if num_rows == 0:
             side = "held-out" if held_out else "training"
-            raise DataError(f"too little text, its {side} documents have no {ctx_len} tokens")
+            raise DataError(f"too little text, less than {ctx_len} tokens of {side} documents")
         if endless and epoch == 0 and RANK == 0:
-            tqdm.write(f"--dataset is repeated: it has {num_rows * ctx_len * WORLD:,} tokens")
+            size = num_rows * ctx_len * WORLD
+            tqdm.write(f"--dataset is repeated: it has {size:,} tokens to train on")
 
 
 def token_batches(sources, tokenizer, ctx_len, batch_size, held_out=False, seed=None):
@@ -513,7 +519,8 @@ def token_batches(sources, tokenizer, ctx_len, batch_size, held_out=False, seed=
     each time, and each process under torchrun gets its own. Without a seed, the last batch may be
     shorter.
     """
-    # The last batch of each reader may be short, so the rows of all readers are batched anew.
+    # The last batch of each reader may be short, so the rows that DataLoader yields in batches are
+    # batched anew.
     rows = token_rows(sources, tokenizer, ctx_len, batch_size, held_out, seed)
     while batch := list(islice(rows, batch_size)):
         yield torch.stack(batch)
@@ -522,14 +529,15 @@ def token_batches(sources, tokenizer, ctx_len, batch_size, held_out=False, seed=
 # ---- Training -------------------------------------------------------------------------------
 
 WARM_UP, DECAY = 0.05, 0.5  # shares of the run over which the learning rate rises and falls
-LOG_LINES = 200  # in a run; we log seldom, as reading numbers off a GPU stalls it
+LOG_LINES = 200  # in a run; not more, as reading numbers off a GPU stalls it
 SAVE_EVERY = 300  # seconds
 STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def train(args):
     """Train a coder for each of `args.arch` and `args.k` on one stream of text, and save them."""
-    # glibc returns freed memory to the system, and asking for it again takes a fifth of a CPU step.
+    # Keep freed memory in the process: glibc would return it to the system, and asking for it again
+    # takes a fifth of a step on a CPU.
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -546,7 +554,7 @@ def train(args):
     rows = args.batch_size // WORLD  # in a batch of this process
     batches = token_batches(sources, tokenizer, args.ctx_len, rows, seed=args.seed)
 
-    # The first batch sets where the coders start, in all processes alike.
+    # The first batch sets where the coders start, in all processes alike. (It is not trained on.)
     tokens = next(batches).to(args.device)
     if WORLD > 1:
         torch.distributed.broadcast(tokens, 0)
@@ -571,20 +579,20 @@ def train(args):
         if Path(config[key]).exists():  # eval.py may be called from another folder
             config[key] = Path(config[key]).resolve()
 
-    # Open the run directory. "x" fails if there is a log: no run takes the folder of another.
+    # Open the run directory. Mode "x" fails if there is a log, so two runs cannot share a folder.
     if RANK == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         log = (args.out / "log.jsonl").open("w" if args.overwrite else "x", buffering=1)
         print(f"{hookpoint} of {args.model}, {M:,} latents, {args.device} x {WORLD}")
         print(f"{steps:,} steps of {step_tokens:,} tokens, lr {args.lr:.2g}")
 
-    # The training loop. Ctrl-C, SIGTERM and the end of the terminal interrupt it.
+    # The training loop. SIGTERM and SIGHUP (the terminal was closed) interrupt it as Ctrl-C does.
     for number in STOP:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup sets SIGHUP to be ignored
             signal.signal(number, signal.default_int_handler)
     if hasattr(signal, "SIGCHLD"):
-        # Drop DataLoader's handler, which raises if a reader is killed, even in the middle of a
-        # save. (DataLoader notices a missing reader without it, too.)
+        # Drop the handler that the first batch set, DataLoader's: if a reader is killed it raises,
+        # even in the middle of a save. (DataLoader notices a missing reader without it, too.)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     bar = tqdm(total=steps * step_tokens, unit="tok", unit_scale=True, disable=RANK > 0)
     fvu, logged_at, saved_at = {}, time.monotonic(), time.monotonic()
@@ -592,12 +600,12 @@ def train(args):
         for step, tokens in zip(range(1, steps + 1), batches):
             # Train each coder on the same activations.
             x, y = activations(tokens.to(args.device))
-            progress = (step - 0.5) / steps
+            progress = (step - 0.5) / steps  # of the run, in the middle of this step
             for trainer in trainers.values():
                 trainer.step(x, y, min(1, progress / WARM_UP, (1 - progress) / DECAY))
             config["tokens_trained"] += step_tokens
 
-            # At 200 steps of a run, log the FVU since the last time.
+            # At evenly spaced steps, LOG_LINES in all, log the FVU since the last time.
             if step * LOG_LINES // steps == (step - 1) * LOG_LINES // steps:
                 continue
             fvu = {name: trainer.pop_fvu() for name, trainer in trainers.items()}
@@ -613,7 +621,7 @@ def train(args):
                 save_run(config, coders)
                 saved_at = now
     finally:
-        # Save what was trained, whatever ended the loop, perhaps in the middle of a step.
+        # Save what was trained, whatever ended the loop. It may have been in the middle of a step.
         for number in STOP:
             signal.signal(number, signal.SIG_IGN)
         bar.close()
@@ -622,8 +630,8 @@ def train(args):
             for trainer in trainers.values():
                 trainer.normalize()
             save_run(config, coders)
-            told = ", ".join(f"{name} {value:.3f}" for name, value in fvu.items())
-            print(f"saved after {config['tokens_trained']:,} tokens; FVU: {told}")
+            last = ", ".join(f"{name} {value:.3f}" for name, value in fvu.items())
+            print(f"saved after {config['tokens_trained']:,} tokens. Last FVU: {last or 'none'}")
             print(f"next: python eval.py {args.out} --html page.html")
 
 
@@ -704,10 +712,10 @@ def save_run(config, coders):
 
 
 def write(contents):
-    """Write texts and tensors, by path, such that a folder never holds some old and some new ones.
+    """Write texts and tensors, by path: what is left after a crash is all old, all new, or no run.
 
-    All are written under temporary names. Then the old file at the last path, without which a
-    folder is no run, is deleted, and all are renamed, the last one last.
+    All are written under temporary names first. Then the old file at the last path is deleted, all
+    are renamed in order. For a run the last path is config.json: without it, nothing is loaded.
     """
     temporary = {path: path.with_name(path.name + ".tmp") for path in contents}
     try:
@@ -736,7 +744,7 @@ def load_run(run, device="cpu"):
         for name, folder in config["coders"].items():
             cfg = json.loads((Path(run) / folder / "cfg.json").read_text(encoding="utf-8"))
             tensors = load_file(Path(run) / folder / "sae.safetensors")
-            # The defaults are those of sparsify in 2024, which did not write these keys.
+            # In 2024 sparsify did not write activation, transcode and skip_connection.
             if cfg.get("activation", "topk") != Coder.activation:
                 raise ValueError(f"{folder}: activation {cfg['activation']}")
             arch = "transcoder" if cfg.get("transcode") else "sae"
@@ -754,7 +762,7 @@ def load_run(run, device="cpu"):
 
 
 def at_least(least, kind=int):
-    """Return a type for argparse: a number that is not below `least`."""
+    """Return a type for argparse: a number that is at least `least` (and not NaN)."""
 
     def number(text):
         if not kind(text) >= least:
@@ -777,7 +785,7 @@ def pick_device(name):
 
 
 def parse(parser):
-    """Parse the flags of either script, and do what both begin with."""
+    """Parse the flags of skipcoder.py or eval.py, and do what both begin with."""
     parser.error = lambda message: sys.exit(f"error: {message}")  # one line, without the usage
     args = parser.parse_args()
     args.device = pick_device(args.device)

@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -169,7 +170,7 @@ def make(out, vocab_size=2048, layers=4, d=64, ctx_len=128, steps=1300, max_docu
 def run(script, *flags):
     """Run a script of ours, as a user would. If it fails, exit with its code."""
     command = ["python", os.path.relpath(ROOT / script), *map(str, flags)]
-    print(f"\n$ {' '.join(command)}", flush=True)
+    print(f"\n$ {shlex.join(command)}", flush=True)
     process = subprocess.Popen([sys.executable, *command[1:]])
     try:
         code = process.wait()
@@ -182,16 +183,18 @@ def run(script, *flags):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flag = parser.add_argument
-    flag("--tokens", type=float, default=1e6, help="to train the coders on (default: 1e6)")
+    flag(
+        "--tokens", type=float, default=1e6, help="for training; a fifth for eval.py (%(default)g)"
+    )
     flag("--out", type=Path, default="runs", help="where all folders go (default: %(default)s)")
     args = parser.parse_args()
 
     lm, coders, page = args.out / "tiny-gpt2", args.out / "tiny-gpt2-layer2", args.out / "tiny.html"
     if not (lm / "tokenizer.json").exists():
         make(lm)
-    flags = f"--model {lm} --dataset {lm}/text.jsonl --layer 2 --expansion 16 --out {coders}"
-    run("skipcoder.py", *flags.split(), "--tokens", f"{args.tokens:g}", "--overwrite")
-    run("eval.py", coders, "--html", page)
+    source = "--model", lm, "--dataset", lm / "text.jsonl", "--layer", 2, "--expansion", 16
+    run("skipcoder.py", *source, "--tokens", f"{args.tokens:g}", "--out", coders, "--overwrite")
+    run("eval.py", coders, "--tokens", f"{args.tokens / 5:g}", "--html", page)
     print(f"\nopen {page} in a browser")
 
 

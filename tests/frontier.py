@@ -19,7 +19,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator
 
 CHANCE = {"intruder": 0.2, "one_word": 0.2, "detection": 0.5}
 CHANCE |= {"intruder_token": 0.2, "detection_lookup": 0.5}  # these two know the token alone
@@ -120,9 +120,11 @@ def draw(axes, curves, baselines, score):
     axes.set_xlabel("KL, nats/token (← better)")
     axes.set_xscale("log")
     axes.margins(0.12)
-    # Mark some round numbers. (By default there may be none, on an axis of less than a decade.)
-    axes.xaxis.set_major_locator(MaxNLocator(3))
-    axes.xaxis.set_major_formatter("{x:.3g}")
+    # Mark round numbers. (By default there may be none, on an axis of less than a decade.)
+    low, high = axes.get_xlim()
+    digits = (1, 2, 5) if high > 5 * low else (1, 1.5, 2, 3, 5, 7)
+    axes.xaxis.set_major_locator(LogLocator(subs=digits))
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
 
 
@@ -136,14 +138,15 @@ def main():
     curves, baselines = read(args.files, args.scores)
     compare(curves, args.scores)
 
-    matplotlib.rcParams["font.size"] = 9
+    matplotlib.rcParams |= {"font.size": 9, "xtick.labelsize": 8, "ytick.labelsize": 8}
     matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
     matplotlib.rcParams["svg.hashsalt"] = "skipcoder"  # the same file from the same numbers
     figure = Figure(figsize=(7.5, 3), layout="constrained")  # 720 px wide, as a README on GitHub
     panels = figure.subplots(1, len(args.scores), squeeze=False)[0]
     for axes, score in zip(panels, args.scores):
         draw(axes, curves, baselines, score)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=6, frameon=False)
     figure.savefig(args.out, metadata={"Date": None})
 
 

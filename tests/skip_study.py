@@ -12,10 +12,15 @@ skip transcoders whose W_skip starts as one of these maps, and is trained or sta
     least_squares  the W with which W x + b has the smallest squared error
     jacobian       the MLP's derivative dy/dx, averaged over tokens
 
-y = W_dec z + W_skip x + b_dec + residual, and each of these parts has a best affine map from x. R2
-is the share of its variance that this map explains. The maps of all parts add up to that of y, and
-the last three columns say which share of it is W_skip's, the latents' and the residual's. (A part
-that undoes another has a negative share.)
+The first table has FVUs: of the whole, how much that is above the paper's, of the latents or W_skip
+alone, each with the best constant; then cosines between W_skip x and what the least-squares map
+(LS) and the Jacobian (J) write. The second says what is linear in x in
+
+    y = W_dec z + W_skip x + b_dec + residual
+
+R2 is the share of a part's variance that its best affine map from x explains. These maps add up to
+LS. Hence what the latents take over linearly is LS - W_skip, but for the residual's map (cosine).
+The last columns say which shares of LS x the parts have, negative if one undoes another.
 """
 
 import math
@@ -72,8 +77,14 @@ def inner(a, b):
     return ((a - a.mean(0)) * (b - b.mean(0))).sum(1).double().sum().item()
 
 
-def share(part, whole):
-    return inner(part, part) / inner(whole, whole)
+def fvu(y, y_hat):
+    """Return the FVU of y_hat and the best constant."""
+    return inner(y - y_hat, y - y_hat) / inner(y, y)
+
+
+def along(part, whole):
+    """Return which share of `whole` a part of it makes up. The shares of all parts add up to 1."""
+    return inner(part, whole) / inner(whole, whole)
 
 
 def cosine(a, b):
@@ -81,17 +92,30 @@ def cosine(a, b):
 
 
 def split(coder, x, y):
-    """Return W_skip x, W_dec z and the residual, [N, d] each."""
+    """Return W_dec z, W_skip x and the residual, [N, d] each."""
     y_hat = torch.cat([coder(*chunk)[0] for chunk in zip(x.split(1000), y.split(1000))])
     skip = x @ coder.W_skip.T
-    return skip, y_hat - coder.b_dec - skip, y - y_hat
+    return y_hat - coder.b_dec - skip, skip, y - y_hat
 
 
-def print_table(rows):
-    """Print a dict of numbers for each arm."""
-    print("\n" + " ".ljust(21), *(name.rjust(11) for name in rows[PAPER]))
-    for arm, row in rows.items():
-        print(arm.ljust(21), *(f"{number:11.4f}" for number in row.values()))
+def measure(coder, fitted, x, y):
+    """Return numbers of an arm. Maps are fitted on one sample (x, y), all else is from another."""
+    latents, skip, residual = split(coder, x, y)
+    from_x = x @ least_squares(*fitted).T  # LS x
+    latents_from_x = x @ least_squares(fitted[0], split(coder, *fitted)[0]).T
+    residual_from_x = from_x - skip - latents_from_x
+    return {
+        "latents only": fvu(y, latents),
+        "W_skip only": fvu(y, skip),
+        "cosine to LS": cosine(skip, x @ MAPS["least_squares"].T),
+        "cosine to J": cosine(skip, x @ MAPS["jacobian"].T),
+        "R2 latents": 1 - fvu(latents, latents_from_x),
+        "R2 residual": 1 - fvu(residual, residual_from_x),
+        "cosine": cosine(latents_from_x, from_x - skip),
+        "by W_skip": along(skip, from_x),
+        "by latents": along(latents_from_x, from_x),
+        "by residual": along(residual_from_x, from_x),
+    }
 
 
 def study(args):
@@ -122,31 +146,20 @@ def study(args):
     # Maps are fitted on every other batch of held-out text. The numbers come from those between.
     held_out = list(islice(skipcoder.token_batches(*options, held_out=True), 2 * number))
     fitted, (x, y) = read(held_out[::2]), read(held_out[1::2])
-    of_y = x @ least_squares(*fitted).T
     _, coders = skipcoder.load_run(args.out)
-    errors, table, linear = {}, {}, {}
+    errors, rows = {}, {}
     for arm, coder in coders.items():
-        skip, latents, residual = split(coder, x, y)
+        _, _, residual = split(coder, x, y)
         errors[arm] = residual.square().sum(1) / inner(y, y) * len(y)  # [N], its mean is the FVU
-        more = (errors[arm] - errors[PAPER]).split(1000)
-        more, error = evaluation.mean_and_error(torch.stack([part.mean() for part in more]))
-        table[arm] = {"FVU": errors[arm].mean(), "- paper's": more, "error": error}
-        # FVU of a part alone, with the best constant. Cosines of W_skip x with what maps write.
-        table[arm] |= {"of latents": share(y - latents, y), "of W_skip": share(y - skip, y)}
-        table[arm] |= {f"cos {name[:6]}": cosine(skip, x @ W.T) for name, W in MAPS.items()}
-
-        # Maps are linear in what they predict: that of the residual is what is left of that of y.
-        of_latents = x @ least_squares(fitted[0], split(coder, *fitted)[1]).T
-        of_residual = of_y - skip - of_latents
-        linear[arm] = {
-            "R2 latents": 1 - share(latents - of_latents, latents),
-            "R2 residual": 1 - share(residual - of_residual, residual),
-            "cos": cosine(of_latents, of_y - skip),
-        }
-        parts = {"W_skip": skip, "latents": of_latents, "residual": of_residual}
-        linear[arm] |= {name: inner(part, of_y) / inner(of_y, of_y) for name, part in parts.items()}
-    print_table(table)
-    print_table(linear)
+        above = [part.mean() for part in (errors[arm] - errors[PAPER]).split(1000)]
+        above, error = evaluation.mean_and_error(torch.stack(above))
+        rows[arm] = {"FVU": errors[arm].mean(), "above paper": above, "± error": error}
+        rows[arm] |= measure(coder, fitted, x, y)
+    names = list(rows[PAPER])
+    for columns in (names[:7], names[7:]):
+        print("\n" + " ".ljust(21), *(name.rjust(12) for name in columns))
+        for arm, row in rows.items():
+            print(arm.ljust(21), *(f"{row[name]:12.4f}" for name in columns))
 
 
 if __name__ == "__main__":

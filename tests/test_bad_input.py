@@ -55,7 +55,7 @@ FLAGS = {  # what the line says, for which flag and values
     "invalid": {"layer": ["six"], "k": [1.5], "tokens": ["many"], "arch": ["vae"]},
     "blocks 0 to 2": {"layer": [-1, 3]},
     "python tests/demo.py": {"dataset": ["no-such-data"]},
-    "name on the hub or a local folder": {"model": ["no-such-model", "no/such"]},
+    "local folder": {"model": ["no-such-model", "no/such"]},
     "file or folder": {"dataset": ["no-such-data.jsonl"]},
     "there are 256 latents": {"k": [257, "4 257"]},
     "at most 32 tokens": {"ctx-len": [33]},
@@ -113,11 +113,11 @@ def test_models_that_are_none(train_fails, tiny, tmp_path):
 
 
 DATA = {  # content of a file, and what the line says
-    "empty.txt": (b"", "too little text, its training documents have no 32 tokens"),
+    "empty.txt": (b"", "too little text, .*32 tokens"),
     "short.jsonl": (b'{"text": "few words"}', "too little text"),
     "latin.txt": ("ein schöner Tag\n".encode("latin-1") * 900, "utf-8"),
     "column.jsonl": (b'{"body": "words"}\n' * 100, "column.jsonl: line 1 .*body"),
-    "list.jsonl": (b'["words"]\n' * 100, "list.jsonl: line 1 is no JSON object"),
+    "list.jsonl": (b'["words"]\n' * 100, "list.jsonl: line 1 .*words"),
     "broken.jsonl": (b'{"text": "words"}\n{"text": "wor', "broken.jsonl: line 2 .*wor'"),
     "broken.parquet": (b"PAR1 and no more", "broken.parquet: .*arquet"),
     "torn.jsonl.gz": (gzip.compress(b'{"text": "many words"}' * 99)[:40], "ended before"),
@@ -295,4 +295,4 @@ def test_a_model_that_is_gone_or_changed(capfd, trained, tmp_path):
     assert "16 wide" in fails(evaluation, capfd, copy, "--tokens", 2000)
     change_json(copy / "config.json", model=str(tmp_path / "gone"))
     line = fails(evaluation, capfd, copy)
-    assert f"--model {tmp_path}/gone: " in line and "the run's config.json" in line
+    assert f"--model {tmp_path}/gone: " in line and "edit its config.json" in line

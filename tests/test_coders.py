@@ -105,20 +105,6 @@ def test_forward_and_gradients_equal_dense_autograd(arch, l1, bias, device):
     assert_close(ours, dense)
 
 
-def test_acts_are_cut_at_zero(device):
-    """A latent among the k largest whose pre-activation is negative is not active."""
-    coder, x, y = make("transcoder", device)
-    coder.b_enc.data[:] = -1e3  # all pre-activations are negative
-    coder.b_enc.data[3] = 1e3  # but one
-    y_hat, acts, indices = coder(x, y)
-    assert (acts >= 0).all()
-    active = acts > 0
-    assert active.sum(1).unique().tolist() == [1]
-    assert indices[active].unique().tolist() == [3]
-    act = x @ coder.W_enc[3] + 1e3
-    assert_close(y_hat, act[:, None] * coder.W_dec[3] + coder.b_dec)
-
-
 SIZES = [(40, 5), (17, 17), (96, 40), (1024, 32), (16, 1)]
 
 
@@ -194,7 +180,7 @@ def test_training_lowers_the_loss_whatever_the_scale(device):
         x, y = make_data(device, *scale)
         for arch in ARCHS:
             trainer = new_trainer(arch, x, y)
-            for _ in range(150):
+            for _ in range(100):
                 trainer.sums.zero_()
                 trainer.step(x, y, 1)
             assert trainer.sums[1].item() == pytest.approx(variance(y))
@@ -280,39 +266,6 @@ def test_steps_equal_adam_by_hand(arch, device):
                 p.data = F.normalize(p.data)
     for name, p in coder.named_parameters():
         assert_close(p, by_hand.get_parameter(name), rtol=1e-6, atol=1e-7)
-
-
-@EVERY_ARCH
-def test_a_step_is_lr_times_the_size_of_a_parameter(arch, device):
-    """Adam's first step moves every number by its rate, which is in the parameter's own units."""
-    x, y = make_data(device, 7, 5)
-    trainer = new_trainer(arch, x, y, lr=1e-3)
-    before = copy.deepcopy(trainer.coder)
-    trainer.step(x[:1000], y[:1000], 0.5)
-
-    size = sizes_of_parameters(arch, x, y)
-    for name, p in trainer.coder.named_parameters():
-        if arch == "sae" and name == "W_dec":
-            continue  # its rows are brought back to length 1
-        moved = (p - before.get_parameter(name)).abs()
-        moved = moved[moved > 0]
-        if len(moved) == 0:  # W_enc's gradient is 0 while W_dec is
-            assert arch != "sae" and name in ("W_enc", "b_enc")
-            continue
-        # The median: a number whose gradient is tiny moves less.
-        rate = 1e-3 * 0.5 * size[name]
-        assert moved.median().item() == pytest.approx(rate, rel=1e-2)
-
-
-def test_the_autoencoder_steps_along_the_sphere(device):
-    x, y = torch.randn(2, 64, d, device=device)
-    trainer = new_trainer("sae", x, y)
-    W = trainer.coder.W_dec.detach().clone()
-    trainer.step(x, y, 1)
-    gradient = trainer.coder.W_dec.grad
-    radial = (gradient * W).sum(1).abs()
-    length = gradient.norm(dim=1)
-    assert radial.max() < 1e-4 * length.max()
 
 
 def test_matmuls_in_bfloat16_leave_everything_else_in_float32(monkeypatch):

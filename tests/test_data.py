@@ -121,25 +121,16 @@ def test_a_folder_is_read_whole(tmp_path, capsys, monkeypatch):
 
 # ---- What is in them ------------------------------------------------------------------------
 
-OTHER_COLUMNS = {
-    "null at first": [{"meta": None}] * 3 + [{"meta": "a string"}],
-    "of mixed types": [{"meta": 1}, {"meta": "one"}, {"meta": [1]}, {"meta": {"a": 1}}],
-    "only in some rows": [{}, {"meta": 1}, {"more": "x"}, {}],
-}
 
-
-@pytest.mark.parametrize("columns", OTHER_COLUMNS.values(), ids=OTHER_COLUMNS)
-def test_other_columns_do_not_matter(tmp_path, columns):
-    rows = [columns[min(i, len(columns) - 1)] | {"text": text} for i, text in enumerate(TEXTS)]
+def test_other_columns_do_not_matter(tmp_path):
+    """They may be of mixed types, null at first, or missing here and there."""
+    others = [{"meta": None}, {}, {"meta": "a"}, {"meta": [1]}, {"more": {"a": 1}}]
+    rows = [others[i % 5] | {"text": text} for i, text in enumerate(TEXTS)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert read(tmp_path / "a.jsonl") == TEXTS
-
-
-def test_other_columns_of_parquet_do_not_matter(tmp_path):
     for i, other in enumerate(([1] * 60, ["x"] * 60, [None] * 60)):
         table = pa.table({"other": other, "text": TEXTS})
         pq.write_table(table, tmp_path / f"{i}.parquet")
-    assert read(tmp_path) == sorted(TEXTS * 3)
+    assert read(tmp_path) == sorted(TEXTS * 4)
 
 
 def test_records_and_lines_without_text_are_skipped(tmp_path):
@@ -167,8 +158,8 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path):
 
 
 BAD_LINES = {  # content, and what is said of it
-    "no JSON": ('{"text": "a"}\n' * 700 + "{'text': 1}\n", "line 701 .* no JSON.*'text': 1"),
-    "torn": ('{"text": "a"}\n\n{"text": "wo', "line 3 .* no JSON"),
+    "no JSON": ('{"text": "a"}\n' * 700 + "{'text': 1}\n", "line 701 .*'text': 1"),
+    "torn": ('{"text": "a"}\n\n{"text": "wo', "line 3 .*wo"),
     "no text": ('{"body": "a"}\n{"text": "b"}', "line 1 .*body"),
     "long": ('{"body": "' + "long " * 999 + '"}', "line 1 .{,120}"),
 }
@@ -383,7 +374,7 @@ def test_batches_are_full_and_that_data_is_repeated_is_said_once(tmp_path, capsy
     for i in range(0, 8 * epoch, epoch):
         assert len(set(found[i : i + epoch])) == epoch, "no row is lost between epochs"
     _, said = capsys.readouterr().out.strip().splitlines()
-    assert said == f"--dataset is repeated: it has {3 * epoch:,} tokens"
+    assert said.startswith(f"--dataset is repeated: it has {3 * epoch:,} tokens")
 
 
 @pytest.mark.parametrize("held_out", [True, False])

@@ -116,21 +116,6 @@ def pretended(monkeypatch):
     future.set_overwrite_module_params_on_conversion(before)
 
 
-def test_the_device_refuses_what_devices_refuse(pretended):
-    x = torch.randn(8, device="meta")
-    with pytest.raises(RuntimeError, match="on the CPU"):
-        x + torch.ones(8)
-    for to_float64 in (
-        lambda: x.double(),
-        lambda: x.sum(dtype=torch.float64),
-        lambda: torch.zeros(1, dtype=torch.float64, device="meta"),
-        lambda: torch.ones(1).double().to("meta"),
-    ):
-        with pytest.raises(TypeError, match="no float64"):
-            to_float64()
-    assert x.cpu().double().dtype == torch.float64
-
-
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_training_step_never_waits_for_the_device(pretended, arch):
     x, y = torch.randn(2, 64, 8, device="meta")

@@ -106,18 +106,15 @@ class Forked:
 
 
 def test_a_fourth_architecture(copies, load, tiny, tmp_path):
-    """An autoencoder that also has the skip connection."""
+    """An autoencoder whose W_dec is as free as a transcoder's."""
     apply("fourth_architecture", copies)
     forked = Forked(load, tiny, tmp_path / "run", "--tokens", 30_000)
-    forked.assert_trained("topk", [*ARCHS, "skip_sae"])
-    cfg = forked.cfg("skip_sae")
-    assert cfg["arch"] == "skip_sae" and cfg["skip_connection"] and not cfg["transcode"]
-    coder = forked.coders["skip_sae"]
-    assert coder.reads == "y" and coder.W_skip.abs().max() > 0
-    assert_close(coder.W_dec.norm(dim=1), torch.ones(256))
-    # It sees all that the others see.
-    fvu = {name: row["fvu"] for name, row in forked.report["coders"].items()}
-    assert fvu["skip_sae"] == min(fvu.values())
+    forked.assert_trained("topk", [*ARCHS, "free_sae"])
+    cfg = forked.cfg("free_sae")
+    assert cfg["arch"] == "free_sae" and not cfg["transcode"] and not cfg["normalize_decoder"]
+    coder = forked.coders["free_sae"]
+    assert coder.reads == "y" and coder.W_skip is None and coder.W_dec.norm(dim=1).std() > 0.01
+    assert forked.skipcoder.Coder("free_sae", 32, 256, 4).W_dec.count_nonzero() == 0
 
 
 # ---- A sparsity penalty in place of TopK
@@ -167,18 +164,17 @@ def test_the_loss_with_a_penalty(copies, load, fork):
     x, y = x.double(), y.double()
     pre = x @ p["W_enc"].T + p["b_enc"]
     rest = p["b_dec"] + x @ p["W_skip"].T
+    penalised, W_dec = pre.relu(), p["W_dec"]
+    errors = 0
     if fork == "relu_l1":
-        z = penalised = pre.relu()
-        norms = p["W_dec"].norm(dim=1)
-        errors = (y - z @ p["W_dec"] - rest).square().sum()
+        z = penalised
     else:
-        penalised = pre.relu()
         z = ((pre - p["b_enc"]) * p["log_scale"].exp() + p["b_magnitude"]).relu() * (pre > 0)
-        norms = p["W_dec"].detach().norm(dim=1)
-        fixed = penalised @ p["W_dec"].detach() + rest.detach()
-        errors = (y - z @ p["W_dec"] - rest).square().sum() + (y - fixed).square().sum()
+        errors = (y - penalised @ W_dec.detach() - rest.detach()).square().sum()
+    errors = errors + (y - z @ W_dec - rest).square().sum()
+    lengths = penalised @ W_dec.detach().norm(dim=1)
     spread = (y - y.mean(0)).square().sum(1).mean().sqrt()
-    loss = errors / (y - y.mean(0)).square().sum() + weight * (penalised @ norms).mean() / spread
+    loss = errors / (y - y.mean(0)).square().sum() + weight * lengths.mean() / spread
     loss.backward()
     for name, parameter in coder.named_parameters():
         assert_close(parameter.grad.double(), p[name].grad, rtol=1e-3, atol=1e-5)

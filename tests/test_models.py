@@ -20,6 +20,7 @@ SIZES = {
     "num_attention_heads": 2,
 }
 GEMMA_SIZES = SIZES | {"num_key_value_heads": 1, "head_dim": 8}
+FALCON_SIZES = {key: value for key, value in SIZES.items() if key != "intermediate_size"}
 VISION_SIZES = {
     "hidden_size": 8,
     "intermediate_size": 8,
@@ -28,43 +29,31 @@ VISION_SIZES = {
     "image_size": 8,
     "patch_size": 4,
 }
+GEMMA3_SIZES = {"text_config": GEMMA_SIZES, "vision_config": VISION_SIZES}
+
+
+FAMILIES = {  # the class of the configuration with what it takes, and the hookpoint of block 1
+    "gpt2": (transformers.GPT2Config, GPT2_SIZES, "h.1.mlp"),
+    # The heads of these two have a bias.
+    "gptj": (transformers.GPTJConfig, GPT2_SIZES | {"rotary_dim": 4}, "h.1.mlp"),
+    "phi": (transformers.PhiConfig, SIZES | {"partial_rotary_factor": 0.5}, "layers.1.mlp"),
+    "neox": (transformers.GPTNeoXConfig, SIZES, "layers.1.mlp"),
+    "llama": (transformers.LlamaConfig, SIZES | {"num_key_value_heads": 2}, "layers.1.mlp"),
+    # Its logits are capped after the head.
+    "gemma2": (transformers.Gemma2Config, GEMMA_SIZES, "layers.1.mlp"),
+    # Its block adds to y in place.
+    "falcon": (transformers.FalconConfig, FALCON_SIZES, "h.1.mlp"),
+    # Its first list of blocks is the vision tower's.
+    "gemma3": (transformers.Gemma3Config, GEMMA3_SIZES, "language_model.layers.1.mlp"),
+}
 
 
 def new_config(family: str):
     """Return the configuration of a tiny LM."""
-    if family == "gpt2":
-        return transformers.GPT2Config(**GPT2_SIZES)
-    if family == "gptj":  # its head has a bias
-        return transformers.GPTJConfig(**GPT2_SIZES, rotary_dim=4)
-    if family == "phi":  # its head has a bias, too
-        return transformers.PhiConfig(**SIZES, partial_rotary_factor=0.5)
-    if family == "neox":
-        return transformers.GPTNeoXConfig(**SIZES)
-    if family == "llama":
-        return transformers.LlamaConfig(**SIZES, num_key_value_heads=2)
-    if family == "gemma2":  # its logits are capped after the head
-        return transformers.Gemma2Config(**GEMMA_SIZES)
-    if family == "falcon":  # its block adds to y in place
-        return transformers.FalconConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-        )
-    assert family == "gemma3"  # its first list of blocks is the vision tower's
-    return transformers.Gemma3Config(text_config=GEMMA_SIZES, vision_config=VISION_SIZES)
+    kind, sizes, _ = FAMILIES[family]
+    return kind(**sizes)
 
 
-FAMILIES = {  # the hookpoint of block 1
-    "gpt2": "h.1.mlp",
-    "gptj": "h.1.mlp",
-    "phi": "layers.1.mlp",
-    "neox": "layers.1.mlp",
-    "llama": "layers.1.mlp",
-    "gemma2": "layers.1.mlp",
-    "falcon": "h.1.mlp",
-    "gemma3": "language_model.layers.1.mlp",
-}
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -109,7 +98,7 @@ def test_activations(family, tmp_path, device):
 
     lm = skipcoder.load_lm(str(tmp_path), device)
     hookpoint, blocks, mlp = find_mlp(lm, 1)
-    assert hookpoint == FAMILIES[family]
+    assert hookpoint == FAMILIES[family][2]
     ran = []
     for module in (blocks[2], lm.get_output_embeddings()):
         module.register_forward_hook(lambda module, *_: ran.append(module))
@@ -141,15 +130,6 @@ def test_the_patched_lm(family, device):
     assert_close(some, with_y_hat[:, 3:7], atol=1e-4, rtol=1e-4)
     assert patched(tokens, positions=slice(0)).shape == (3, 0, VOCABULARY)
     assert_close(patched.y, y)
-
-
-@pytest.mark.parametrize("family", ["gptj", "phi"])
-def test_the_bias_of_a_head_counts(family, device):
-    """One token made likely by the bias alone is likely."""
-    lm = new_lm(new_config(family)).to(device)
-    lm.get_output_embeddings().bias.data[7] = 1000
-    log_p = evaluation.PatchedLM(lm, 1)(random_tokens(device))
-    assert (log_p[..., 7] > -1e-3).all()
 
 
 def test_neurons_are_what_the_last_linear_layer_reads(device):
@@ -218,57 +198,58 @@ def test_what_is_not_finite_is_no_outlier(tiny, device):
 # ---- What cannot be coded -------------------------------------------------------------------
 
 
-def refused(lm, device, layer=1) -> str:
-    """Return the one line with which training would end."""
-    tokens = torch.randint(3, VOCABULARY, (2, 12), device=device)
-    lm = lm.to(device)
-    with pytest.raises(SystemExit) as error:
-        _, blocks, mlp = find_mlp(lm, layer)
-        del blocks[layer + 1 :]
-        MLPActivations(lm, mlp)(tokens)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+MOE_SIZES = SIZES | {"num_key_value_heads": 2, "num_local_experts": 2}
+JETMOE_SIZES = SIZES | {"num_key_value_heads": 1, "kv_channels": 8, "num_local_experts": 2}
+del JETMOE_SIZES["num_attention_heads"]
+BLOOM_SIZES = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "n_layer": 2, "n_head": 2}
 
 
-def test_mixtures_of_experts_are_refused(device):
-    """Also JetMoe's, whose experts are named `mlp`."""
-    mixtral = transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=2)
-    jetmoe = transformers.JetMoeConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_key_value_heads=1,
-        kv_channels=8,
-        num_local_experts=2,
-    )
-    for config, name in ((mixtral, "Mixtral"), (jetmoe, "JetMoe")):
-        line = refused(new_lm(config), device)
-        assert line == f"error: --layer 1: {name}DecoderLayer has no dense .mlp"
-
-
-def test_an_mlp_that_adds_the_residual_is_refused(device):
-    """As BLOOM's does."""
-    config = transformers.BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=2)
-    line = refused(new_lm(config), device)
-    assert line == "error: --model: BloomMLP does not map one tensor to another"
-
-
-def test_an_mlp_that_runs_more_than_once_is_refused(device):
-    """As those of LMs that loop over their blocks: here block 1 is block 0, too."""
-    lm = new_lm(new_config("gpt2"))
+def loop(lm):
+    """Make block 1 run twice for a token, as in LMs that loop over their blocks."""
     lm.transformer.h[0] = lm.transformer.h[1]
-    assert refused(lm, device) == "error: --model: GPT2MLP runs more than once for a token"
 
 
-def test_an_mlp_that_does_not_run_on_text_is_refused(device):
-    """As that of a vision tower; here its block passes it by."""
-    lm = new_lm(new_config("gpt2"))
+def pass_by(lm):
+    """Make text pass the MLP by, as it does that of a vision tower."""
     lm.transformer.h[1].forward = lambda hidden, *args, **more: hidden
-    assert refused(lm, device) == "error: --model: the MLP of this layer does not run on text"
 
 
-@pytest.mark.parametrize("layer", [-1, 3])
-def test_a_block_that_is_not_there(device, layer):
-    line = refused(new_lm(new_config("gpt2")), device, layer)
-    assert line == f"error: --layer {layer}: the model has blocks 0 to 2"
+REFUSED = {  # a configuration, what is done to the LM, and how the line begins with which training ends
+    "experts": (
+        transformers.MixtralConfig(**MOE_SIZES),
+        None,
+        "--layer 1: MixtralDecoderLayer has no dense .mlp",
+    ),
+    "experts named mlp": (
+        transformers.JetMoeConfig(**JETMOE_SIZES),
+        None,
+        "--layer 1: JetMoeDecoderLayer has no dense .mlp",
+    ),
+    "adds the residual": (
+        transformers.BloomConfig(**BLOOM_SIZES),
+        None,
+        "--model: BloomMLP does not map one tensor to another",
+    ),
+    "runs twice": (
+        transformers.GPT2Config(**GPT2_SIZES),
+        loop,
+        "--model: GPT2MLP runs more than once",
+    ),
+    "does not run": (
+        transformers.GPT2Config(**GPT2_SIZES),
+        pass_by,
+        "--model: the MLP of this layer does not run on text",
+    ),
+}
+
+
+@pytest.mark.parametrize("config, change, line", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_coded_is_refused(config, change, line, device):
+    lm = new_lm(config).to(device)
+    if change is not None:
+        change(lm)
+    with pytest.raises(SystemExit) as error:
+        _, blocks, mlp = find_mlp(lm, 1)
+        del blocks[2:]
+        MLPActivations(lm, mlp)(random_tokens(device))
+    assert str(error.value).startswith(f"error: {line}")

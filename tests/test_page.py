@@ -1,30 +1,20 @@
-"""The page and the pictures: what documents say is never run, and it reads as it was written."""
+"""The page: what documents say is never markup, and it reads as it was written."""
 
-import json
-import math
+import html
 import re
-from itertools import pairwise
-from types import SimpleNamespace
-from xml.etree import ElementTree
+import shutil
+from html.parser import HTMLParser
 
 import pytest
 import torch
+from conftest import change_json, read_json, run_here, write_jsonl
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import eval as evaluation
-from skipcoder import ARCHS, Arch
+from skipcoder import ARCHS
 
 LINE = "The quick 日本語 fox 👩‍🚀 naïve.\n\tNew York"
-
-
-@pytest.fixture(autouse=True)
-def of_a_fork(monkeypatch):
-    """Pictures show a fourth architecture, too."""
-    looks = Arch(reads="x", color="#cc79a7", marker="diamond")
-    monkeypatch.setitem(ARCHS, "of_a_fork", looks)
-
-
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
@@ -56,8 +46,7 @@ def metaspace():
     """A BPE tokenizer that writes spaces as Mistral's does."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace()
-    steps = [decoders.ByteFallback(), decoders.Metaspace()]
-    bpe.decoder = decoders.Sequence(steps)
+    bpe.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
     trainer = trainers.BpeTrainer(special_tokens=["<unk>", *BYTES], show_progress=False)
     bpe.train_from_iterator(["The quick fox in New York, a naïve one."] * 9, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe)
@@ -76,290 +65,184 @@ def test_text_reads_as_it_was_written(make):
     assert texts[emoji - 3 : emoji] == ["", "", ""]
 
 
-def test_what_cannot_be_seen_is_spelt_out():
-    tokenizer = byte_level()
-    tokens = tokenizer.encode("a\x07\u202eb\ufffd c\u3000")
-    assert "".join(evaluation.legible(tokenizer, tokens)) == "a\\u0007\\u202eb\ufffd c\u3000"
-    # A row may start in the middle of a character, and end there.
-    tokens = tokenizer.encode("日 日 日")[1:-1]
+@pytest.mark.parametrize("make", [byte_level, sentencepiece, metaspace])
+def test_a_context_has_the_space_before_its_first_token(make):
+    """Though some tokenizers drop it, if they decode the context alone."""
+    tokenizer = make()
+    tokens = tokenizer.encode("The quick fox", add_special_tokens=False) * 12
+    acts = [0.5] * len(tokens)
     texts = evaluation.legible(tokenizer, tokens)
-    assert "".join(texts).lstrip("�") == " 日 "
+    start = next(i for i in range(9, 99) if texts[i].startswith(" "))
+    before, _ = evaluation.context(tokenizer, tokens, start + evaluation.AROUND, acts)
+    assert re.sub("<.*?>", "", before).startswith(" ")
 
 
-# An evaluation that is made up: numbers of all coders and baselines, and some of their own.
-FIDELITY = {
-    "fvu": 0.5,
-    "fvu_all": 0.5,
-    "l0": 0.5,
-    "dead": 0.5,
-    "ce": 0.5,
-    "ce_increase_se": 0.5,
-    "ce_recovered": 0.5,
-    "kl": 0.5,
-    "kl_se": 0.5,
-}
-SCORES = {
-    "intruder": 0.7,
-    "intruder_se": 0.02,
-    "intruder_sd": 0.1,
-    "intruder_by_quantile": [0.5] * 5,
-    "intruder_histogram": [0.2, 0.8],
-    "latents_scored": 2,
-}
-SAME_TOKEN = {
-    "intruder_same_token": 0.4,
-    "intruder_same_token_se": 0.02,
-    "latents_same_token": 2,
-}
-RUN = {
-    "model": "some/model",
-    "hookpoint": "h.1.mlp",
-    "layer": 1,
-    "k": [8, 64],
-    "num_latents": 512,
-    "seed": 0,
-    "dataset": "text",
-    "tokens": 10,
-    "tokens_trained": 10,
-    "tokens_asked_for": 10,
-    "tokens_read": 10,
-    "baselines_k": 8,
-    "versions": {},
-}
+class Page(HTMLParser):
+    """What a browser finds: elements with their attributes, and all text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.elements, self.text = [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
 
 
-def made_up(rows) -> dict:
-    """A report on coders, from the (arch, k, CE increase, score) of each."""
-    report = {
-        "run": RUN | {"k": sorted({k for _, k, _, _ in rows})},
-        "tokens": 10,
-        "outliers": {"tokens": 0.0, "variance": 0.0},
-        "clean_ce": 1.0,
-        "mean_ablated_ce": 2.0,
-        "zero_ablated_ce": 3.0,
-        "coders": {},
-        "baselines": {
-            "affine": FIDELITY | {"ce_increase": 0.5},
-            "neurons": SCORES | SAME_TOKEN | {"intruder": 0.3},
-            "untrained": SCORES | SAME_TOKEN | {"intruder": 0.31},
-            "untrained_sae": SCORES | SAME_TOKEN | {"intruder": 0.33},
-            "null": SCORES | {"intruder": 0.19},
-        },
-    }
-    for arch, k, ce_increase, score in rows:
-        row = FIDELITY | SCORES | SAME_TOKEN | {"arch": arch, "k": k, "l0": k}
-        row |= {"ce_increase": ce_increase, "intruder": score}
-        report["coders"][f"{arch}-k{k}"] = row
-    return report
+ELEMENTS = "html meta title style h1 h3 div table tr th td p details summary article small span b"
 
 
-ROWS = [
-    ("sae", 8, 0.04, 0.7),
-    ("sae", 64, 0.01, 0.6),
-    ("transcoder", 8, 0.02, 0.8),
-    ("transcoder", 64, 0.002, 0.8),
-    ("skip_transcoder", 8, 1e-3, 0.9),
-    ("of_a_fork", 8, 0.005, 0.75),
-]
+def check_page(page):
+    """Check that a page has no elements but ours, runs nothing and loads nothing."""
+    parsed = Page(page)
+    assert {tag for tag, _ in parsed.elements} <= set(ELEMENTS.split())
+    for _, attributes in parsed.elements:
+        assert set(attributes) <= {"lang", "charset", "name", "content", "class", "style"} | {
+            "tabindex",
+            "open",
+        }
+        assert re.fullmatch(r"(--act:\d\.\d\d)?", attributes.get("style", ""))
+    assert not re.search(r"url\(|@import|https?://", page)
+    assert len(page.encode()) < 4e6
+    assert "color-scheme: light dark" in page and "prefers-color-scheme: dark" in page
+    return parsed
 
 
-def made_up_scores(number, found_same_token):
-    """Scores of latent 7 of 512, active on this number of tokens; its plain score is 1.
+@pytest.fixture(scope="module")
+def of_a_run(trained, tmp_path_factory):
+    """The page of a run with two coders, its report, and what the page was made of."""
+    folder = tmp_path_factory.mktemp("page")
+    made_of, page = [], evaluation.page
 
-    And which intruders were found in trials of the same token, if there were such trials.
+    def keep(*args):
+        made_of.append(args)
+        return page(*args)
+
+    flags = f"--tokens 8000 --latents 30 --device cpu --html {folder}/e.html --json {folder}/e.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "page", keep)
+        assert run_here(evaluation, trained, *flags.split()) == 0
+    text = (folder / "e.html").read_text(encoding="utf-8")
+    return text, read_json(folder / "e.json"), made_of[0]
+
+
+def test_the_page_of_a_run(of_a_run):
+    """The run, which text, the table, and each coder's latents, best first."""
+    page, report, _ = of_a_run
+    parsed = check_page(page)
+    assert f"<title>model {report['run']['hookpoint']}</title>" in page
+    for key in ("dataset", "evaluated_on"):
+        assert html.escape(report["run"][key]) in page
+    assert f"{report['tokens']:,} held-out tokens" in parsed.text
+    for name, row in (report["coders"] | report["baselines"]).items():
+        first = "" if row.get("fvu") is None else f"{row['fvu']:.4f}".removeprefix("0")
+        assert f"<th>{name}<td>{first}<td>" in page
+    sections = page.split("<details open>")[1:]
+    names = [re.search("<summary>(.*?):", section)[1] for section in sections]
+    assert names == [*ARCHS, "neurons"]
+    for section, name in zip(sections, names):
+        row = report["coders"].get(name) or report["baselines"][name]
+        best = [float(score) for score in re.findall(r"intruder ([\d.]+)", section)]
+        assert len(best) == row["latents_scored"] > 5 and best == sorted(best, reverse=True)
+        assert sum(best) / len(best) == pytest.approx(row["intruder"], abs=0.01)
+
+
+def test_contexts_on_the_page(of_a_run):
+    """Eight of each latent: the four strongest, and the middle of each lower fifth.
+
+    The peak and what follows is a column of its own. Shading is the act, relative to the largest.
     """
-    active = SimpleNamespace(count=torch.zeros(512), density=torch.full((512,), 0.25))
-    active.places = {7: torch.arange(number)}
-    active.acts = {7: torch.linspace(9, 1, number)}
-    found = torch.tensor([found_same_token or [False] * 10])
-    return SimpleNamespace(
-        active=active,
-        latents=[7],
-        found=torch.ones(1, 10).bool(),
-        has_same_token=torch.tensor([found_same_token is not None]),
-        found_same_token=found,
-    )
+    page, report, (_, tokens, where, shown, tokenizer) = of_a_run
+    section = page.split("<details open>")[2]
+    active, judged = shown["transcoder"]
+    articles = section.split("<article>")[1:]
+    assert len(articles) == len(judged)
+    of_row = where // tokens.shape[1], where % tokens.shape[1]
+    for article in articles:
+        latent = int(re.search(r"<h3>latent (\d+)</h3>", article)[1])
+        (scores,) = [scores for scores in judged if scores["latent"] == latent]
+        places, acts = active.places[latent], active.acts[latent]
+        n = len(places)
+        assert f"active on {n / report['tokens']:.2%} of tokens" in article
+        assert f"intruder {scores['intruder']:.2f}" in article
+        assert ("one word" in article) == ("one_word" in scores)
+        lines = re.findall(r"<small>(.*?)</small><p>(.*?)</p><p>(.*?)</p>", article)
+        assert [line[0] for line in lines] == [f"{i}/5" for i in (1, 1, 1, 1, 2, 3, 4, 5)]
+        ranks = [0, 1, 2, 3, *(int(share * n) for share in (0.3, 0.5, 0.7, 0.9))]
+        relative = dict(zip(zip(*(index[places].tolist() for index in of_row)), acts / acts[0]))
+        for rank, (_, before, after) in zip(ranks, lines):
+            row, peak = (index[places[rank]].item() for index in of_row)
+            texts = evaluation.legible(tokenizer, tokens[row].tolist())
+            start, end = max(0, peak - 12), peak + 13
+            plain = [html.unescape(re.sub("<.*?>", "", part)) for part in (before, after)]
+            assert plain == ["".join(texts[start:peak]), "".join(texts[peak:end])]
+            levels = [relative.get((row, i), 0) for i in range(start, min(end, tokens.shape[1]))]
+            marked = re.findall(r"--act:([\d.]+)", before + after)
+            expected = [f"{level:.2f}" for level in levels if level > 0]
+            assert marked == expected
+            assert after.startswith(f'<b style="--act:{relative[row, peak]:.2f}">')
 
 
-def make_page(tokenizer, tokens, promoted, rows=ROWS, found_same_token=None):
-    """A page on which each coder has one latent, active on all tokens, and the page's data."""
-    report, places = made_up(rows), torch.arange(len(tokens))
-    scores = made_up_scores(len(tokens), found_same_token)
-    scores = dict.fromkeys(report["coders"], scores)
-    promotes = dict.fromkeys(report["coders"], torch.tensor([promoted]))
-    seen = torch.tensor([tokens])
-    page = evaluation.page(report, seen, places, scores, promotes, tokenizer)
-    return page, check_page(page)
+EVIL = """</script><script>alert(1)</script><b onclick="x()">'bold'</b> <!-- & \u202e \x07 é 日本 &lt;"""
 
 
-def check_page(page: str) -> dict:
-    """The data of a page on which nothing that it shows is a tag, and which loads nothing."""
-    assert page.count("<script") == page.count("</script") == 2
-    assert "<b>" not in page and "<!--" not in page
-    loads = r"(src|href)=|url\(|@import|https?://(?!www.w3.org/2000/svg)"  # that is but a name
-    assert not re.search(loads, page)
-    data = re.search(r'type="application/json">(.*?)</script>', page, re.DOTALL)[1]
-    return json.loads(data)
+def test_what_documents_say_is_text(trained, tmp_path):
+    """Nothing of it is an element, an attribute or the end of one; nor are names of coders."""
+    folder = shutil.copytree(trained, tmp_path / "run")
+    coders = read_json(folder / "config.json")["coders"]
+    coders["<i>&amp;"] = coders.pop("sae")
+    change_json(folder / "config.json", coders=coders)
+    text = write_jsonl(tmp_path / "<u>evil.jsonl", [f"{i} {EVIL}" * 10 for i in range(200)])
+    args = f"--dataset {text} --latents 20 --device cpu --html {tmp_path}/e.html"
+    assert run_here(evaluation, folder, *args.split()) == 0
+    page = (tmp_path / "e.html").read_text(encoding="utf-8")
+    parsed = check_page(page)
+    assert "<script" not in page and "<b onclick" not in page
+    for word in ("alert", "onclick", '"', "'", "&lt;", "日本", "<i>&amp;", "<u>evil"):
+        assert word in parsed.text
+    # Each token is isolated, so that one that turns the direction of text turns its own alone.
+    assert re.search(r"span, b \{[^}]*unicode-bidi: isolate", page)
 
 
-def test_page_escapes_tokens_that_are_tags():
-    """With a tokenizer whose tokens are what could end a script, each as a whole."""
-    evil = ["</script", "</SCRIPT>", "<!--", "<script", "<b>", "&lt;", '"', "\\", "@DATA@", "]]>"]
-    tokenizer = SimpleNamespace(encode=lambda text, **_: [0])
-    tokenizer.decode = lambda tokens, **_: "".join(evil[token] for token in tokens)
-    _, data = make_page(tokenizer, list(range(10)) * 2, [0, 1, 2, 3, 4])
-    assert set(data["text"]) == set(evil)
+class Words:
+    """A tokenizer whose tokens are what could end an element, each as a whole."""
+
+    words = "</p>", "</b>", "<b>", "<!--", '"', "'", "&lt;", "&", ">", "\\", "<style>"
+
+    def decode(self, tokens, **_):
+        return "".join(self.words[token] for token in tokens)
 
 
-def test_contexts():
-    """Four of the largest activations, the middle of each lower fifth, text on both sides."""
-    tokenizer = byte_level()
-    tokens = tokenizer.encode("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ01234567")
-    _, data = make_page(tokenizer, tokens, [0] * 5)
-    assert data["sizes"]["sae-k8"] == [1, 512] and data["best"] == "skip_transcoder-k8"
-    ((latent, score, density, largest, _, contexts, _),) = data["coders"]["sae-k8"]
-    assert (latent, score, density, largest) == (7, 1, 0.25, 9)
-    texts = ["".join(data["text"][word] for word in words) for _, words, _ in contexts]
-    peaks = [text[peak] for text, (peak, *_) in zip(texts, contexts)]
-    assert "".join(peaks) == "abcdsEQ2"
-    around = evaluation.AROUND
-    for peak, words, levels in contexts[4:7]:
-        assert peak == around and len(words) == len(levels) == 2 * around + 1
-    assert contexts[0][0] == 0 and contexts[0][2][0] == "9"
+@pytest.mark.parametrize("act", [0.0, 0.5])
+def test_tokens_that_are_markup(act):
+    """Escaped whether the latent is active on them or not."""
+    n = len(Words.words)
+    parts = evaluation.context(Words(), list(range(n)), 5, [act] * n)
+    for part, words in zip(parts, (Words.words[:5], Words.words[5:])):
+        plain = re.sub('<(b|span) style="--act:0.[05]0">|</(b|span)>', "", part)
+        assert plain == "".join(html.escape(word) for word in words)
 
 
-def test_the_score_against_the_same_token_is_shown_where_there_is_one():
-    """A 0 is a score, too."""
-    tokenizer = byte_level()
-    tokens = tokenizer.encode("the quick fox")
-    for right, score in ((3, 0.3), (0, 0), (None, None)):
-        found = None if right is None else [True] * right + [False] * (10 - right)
-        _, data = make_page(tokenizer, tokens, tokens[:5], found_same_token=found)
-        ((_, plain, _, _, same_token, _, _),) = data["coders"]["sae-k8"]
-        assert plain == 1 and same_token == pytest.approx(score)
-
-
-def test_promoted_tokens_leave_out_what_cannot_be_seen():
-    tokenizer = byte_level()
-    first, _, last = tokenizer.encode("日")
-    blank, line_end, control, letter = tokenizer.encode(" \n\x07x")
-    promoted = [first, last, blank, line_end, control, letter]
-    _, data = make_page(tokenizer, [letter] * 9, promoted)
-    ((*_, promoted),) = data["coders"]["sae-k8"]
-    assert [data["text"][word] for word in promoted] == ["x"]
-
-
-def test_with_one_k_there_is_no_picture_of_fvu_against_l0():
-    tokenizer = byte_level()
-    tokens = tokenizer.encode("the quick fox")
-    for rows, pictures in ((ROWS, 3), (ROWS[::2], 2)):
-        page, _ = make_page(tokenizer, tokens, tokens[:5], rows)
-        assert page.count("<svg") == pictures
-
-
-def draw(rows):
-    """A picture of the score against CE increase, and by axis the pixels of its marks."""
-    svg = evaluation.chart(made_up(rows), "ce_increase", "intruder")
-    svg = ElementTree.fromstring(svg.replace(' xmlns="', ' ns="'))
-    across, down = {}, {}
-    for text in svg.findall("text"):
-        x, y = float(text.get("x")), float(text.get("y"))
-        if y == evaluation.BOTTOM + 14:
-            across[float(text.text)] = x
-        elif x == evaluation.LEFT - 6:
-            down[float(text.text)] = y
-    return svg, across, down
-
-
-def points(svg) -> dict:
-    """The error bar and the marker of each coder, by architecture and k."""
-    found = {}
-    for group in svg.iter("g"):
-        title = group.find("title")
-        if title is not None:
-            arch, k = re.match(r"(\w+), k (\d+): CE increase", title.text).groups()
-            bar, marker = group.findall("path")
-            ends = re.findall(r"[\d.]+", bar.get("d"))
-            place = re.findall(r"[\d.]+", marker.get("transform"))
-            found[arch, int(k)] = [float(n) for n in place + ends]
-    return found
-
-
-def baselines(svg) -> dict:
-    """The heights of the line and of the name of each baseline."""
-    found = {}
-    for group in svg.findall("g[@class='faint']"):
-        line, name = group.find("path"), group.find("text")
-        height = re.search(r" ([\d.]+)H", line.get("d"))[1]
-        found[name.text] = float(height), float(name.get("y"))
-    return found
-
-
-def test_points_lie_where_the_marks_put_them():
-    """On a log scale across, and on a linear one down. So do the lines of the baselines."""
-    svg, across, down = draw(ROWS)
-    assert 4 < len(across) + len(down) < 16
-    decade = across[0.01] - across[0.001]
-    per_score = (down[0.8] - down[0.2]) / 0.6
-    for arch, k, ce_increase, score in ROWS:
-        x, y, _, low, high = points(svg)[arch, k]
-        right_x = across[0.001] + decade * math.log10(ce_increase / 0.001)
-        right_y = down[0.2] + per_score * (score - 0.2)
-        assert x == pytest.approx(right_x, abs=0.3)
-        assert y == pytest.approx(right_y, abs=0.3)
-        # Error bars reach two standard errors of 0.02 up and down.
-        assert low == pytest.approx(y - 0.04 * per_score, abs=0.3)
-        assert high == pytest.approx(y + 0.04 * per_score, abs=0.3)
-    lines = {"chance": 0.2, "neurons": 0.3, "untrained": 0.31, "untrained_sae": 0.33}
-    for name, score in lines.items():
-        right_y = down[0.2] + per_score * (score - 0.2)
-        assert baselines(svg)[name][0] == pytest.approx(right_y, abs=0.3)
-
-
-def test_names_of_baselines_do_not_cover_one_another():
-    names = baselines(draw(ROWS)[0])
-    assert list(names) == ["chance", "neurons", "untrained", "untrained_sae"]
-    # A letter is up to 8 pixels wide, and the picture 440.
-    assert evaluation.RIGHT + 5 + 8 * max(map(len, names)) <= 440
-    heights = [height for _, height in names.values()]
-    assert all(low - high >= 14 for low, high in pairwise(heights))
-
-
-def test_below_zero_the_scale_is_linear():
-    rows = [("sae", 8, 0.04, 0.7), ("transcoder", 8, -0.01, 0.7)]
-    svg, across, _ = draw(rows)
-    per_nat = (across[0.02] - across[0]) / 0.02
-    x = points(svg)["transcoder", 8][0]
-    assert x == pytest.approx(across[0] - 0.01 * per_nat, abs=0.3)
-
-
-def test_small_differences_look_small():
-    """An axis spans half of its largest number at least, also with one number, and with zero."""
-    at, marks = evaluation.axis([31.92, 32], 0, 100)
-    assert at(32) - at(31.92) < 1 and 2 <= len(marks) < 8
-    for number in (0.5, 0, -3):
-        at, marks = evaluation.axis([number], 0, 100)
-        assert at(number) == 50 and len(marks) > 1
-    _, marks = evaluation.axis([1e-5, 1], 0, 100)  # round numbers of five decades are too many
-    assert len(marks) < 8
-
-
-def test_looks_of_architectures_differ():
-    svg, *_ = draw(ROWS)
-    groups = svg.findall("g[@fill]")
-    assert len({group.get("fill") for group in groups}) == 4
-    assert len({group.find("path").get("d") for group in groups}) == 4
-
-
-def test_labels_of_k_do_not_cover_each_other():
-    """Also where six coders are in nearly the same place."""
-    ks = [8, 16, 32, 64, 128, 256]
-    svg, *_ = draw([("sae", k, 0.02 + k / 1e5, 0.7) for k in ks])
-    labels = svg.findall("g[@class='k']/text")
-    assert [label.text for label in labels] == [str(k) for k in ks]
-    assert len({(label.get("x"), label.get("y")) for label in labels}) == 6
-
-
-def test_nothing_to_draw():
-    empty = evaluation.chart({"coders": {}}, "ce_increase", "intruder")
-    assert "no latents" in empty
+def test_a_page_of_many_latents_is_small(tiny):
+    """Four coders of a hundred latents, in rows of long words: under 4 MB."""
+    n, width = 40_000, 256
+    tokens = torch.randint(500, (160, width), generator=torch.Generator().manual_seed(0))
+    where = torch.arange(n)
+    places = torch.randperm(n, generator=torch.Generator().manual_seed(0)).view(400, 100)
+    latent = torch.arange(400).repeat_interleave(100)
+    active = evaluation.ActiveTokens([(places.flatten(), latent, torch.rand(n) + 1)], 400, n)
+    scores = dict.fromkeys(evaluation.SCORES, 0.5)
+    judged = [{"latent": j} | scores for j in range(400)]
+    report = {"run": {"model": "a/model", "hookpoint": "h.1.mlp", "dataset": "d", "subset": None}}
+    report["run"] |= {"evaluated_on": "d", "evaluated_subset": "s", "baselines_k": 4}
+    report |= {"tokens": n, "outliers": {"tokens": 0, "variance": 0}, "coders": {}}
+    report |= {"baselines": {"affine": {"fvu": 1.0}}}
+    report |= dict.fromkeys(["clean_ce", "mean_ablated_ce", "zero_ablated_ce"], 1.0)
+    shown = dict.fromkeys([*ARCHS, "neurons"], (active, judged))
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    page = evaluation.page(report, tokens, where, shown, tokenizer)
+    check_page(page)
+    assert page.count("<article>") == 4 * 100 and "100 of 400 latents" in page

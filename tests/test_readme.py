@@ -1,9 +1,10 @@
-"""What the README says is so: its flags, its snippets, its commands."""
+"""What the README says is so: its flags, its snippets, its commands, its files."""
 
 import json
 import re
 import runpy
 
+import pytest
 from conftest import ROOT, run_here
 
 import eval as evaluation
@@ -14,8 +15,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_flags_are_those_of_help(capsys):
     section = README.split("## Flags")[1].split("\n## ")[0]
-    table, of_eval = section.split("`eval.py RUN`")
-    listed = {skipcoder: table, evaluation: of_eval.split("\n\n")[0]}
+    of_training, of_eval = section.split("`eval.py RUN`")
+    listed = {skipcoder: of_training, evaluation: of_eval.split("\n\n")[0]}
     for script, text in listed.items():
         assert run_here(script, "--help") == 0
         flags = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
@@ -28,14 +29,8 @@ def block_after(words: str, language="python") -> str:
     return re.search(rf"```{language}\n(.*?)```", rest, re.DOTALL)[1]
 
 
-def run_block(code: str, folder, **names) -> dict:
-    """Run a block of code, and return its variables."""
-    path = folder / "block.py"
-    path.write_text(code, encoding="utf-8")
-    return runpy.run_path(str(path), names)
-
-
-def test_the_block_on_load_run(trained, tiny, tmp_path):
+def test_the_block_on_load_run(trained, tiny, tmp_path, capsys):
+    """It ends by printing the strongest latents of each token."""
     code = block_after("## Use a coder elsewhere")
     for theirs, ours in {
         "path/to/skipcoder": str(ROOT),
@@ -45,23 +40,37 @@ def test_the_block_on_load_run(trained, tiny, tmp_path):
     }.items():
         assert theirs in code
         code = code.replace(theirs, ours)
-    names = run_block(code, tmp_path)
+    (tmp_path / "block.py").write_text(code, encoding="utf-8")
+    names = runpy.run_path(str(tmp_path / "block.py"))
     y, y_hat = names["y"], names["y_hat"]
     error, variance = (y - y_hat).square().sum(), (y - y.mean(0)).square().sum()
     assert y_hat.shape == y.shape and error < 0.9 * variance
+    printed = set(re.findall(r"\d+", capsys.readouterr().out))
+    strongest = names["indices"].gather(1, names["acts"].argmax(1, keepdim=True))
+    assert {str(latent) for latent in strongest.flatten().tolist()} <= printed
 
 
 def test_the_config_for_coders_of_sparsify():
     """tests/test_eval.py evaluates a run with such a config."""
-    config = json.loads(block_after("eval.py measures coders of sparsify", "json"))
+    config = json.loads(block_after("## Use a coder elsewhere", "json"))
     assert set(config) == {"model", "layer", "dataset", "subset", "ctx_len", "coders"}
 
 
-def test_commands_are_complete():
-    """Each script that the README runs exists, and CI runs the tests as it says."""
-    scripts = set(re.findall(r"python (\S+\.py)", README))
-    assert {"skipcoder.py", "eval.py", "tests/tiny_gpt2.py"} <= scripts
-    for script in scripts:
-        assert (ROOT / script).exists(), script
-    command = "python -m pytest -q tests"
-    assert command in README and command in (ROOT / ".ci/run").read_text(encoding="utf-8")
+def test_two_lines_do_all():
+    """Each is one paste: a new environment, then the demo or the tests. CI runs these lines."""
+    lines = re.findall(r"^    (python3 -m venv .*)", README, re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
+        assert "pip install -r requirements.txt" in line and "#" not in line
+    assert lines[0].endswith("python tests/demo.py")
+    assert lines[1].endswith("python -m pytest -q tests")
+    assert "grep '^    python3 -m venv' README.md" in (ROOT / ".ci/run").read_text("utf-8")
+
+
+@pytest.mark.parametrize("kind", [r"python3? (\S+\.py)", r'src="([^"]+)"', r"\]\(([\w./]+)\)"])
+def test_what_is_named_is_there(kind):
+    """Each script that README runs, each picture, each file that it links to."""
+    found = set(re.findall(kind, README))
+    assert found
+    for name in found:
+        assert (ROOT / name).exists(), name

@@ -1,16 +1,19 @@
 """Training as a user runs it: what is printed and written, and what an end too early leaves."""
 
+import contextlib
 import json
 import math
 import multiprocessing
 import os
+import re
+import runpy
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +28,8 @@ import skipcoder
 from skipcoder import ARCHS, Coder, MLPActivations, Trainer, load_run
 
 FOLDER = "h.1.mlp"  # of a coder, in the folder of its name
+# In a traceback of ours. (One of a reader may appear: it was just sending rows as all ended.)
+OURS = 'skipcoder.py", line'
 STEP = 16 * 31  # tokens that count in a step of `flags`
 
 
@@ -38,15 +43,13 @@ def read_log(out) -> list[dict]:
     return list(map(json.loads, (out / "log.jsonl").read_text().splitlines()))
 
 
-def check_end(lines, out):
-    """Check the lines with which a run ends, and return the others."""
-    *before, saved, following = lines
+def check_end(text, out):
+    """Check that a run told at its end what was trained, and what to do next."""
     tokens, log = read_json(out / "config.json")["tokens_trained"], read_log(out)
     fvu = log[-1]["fvu"].items() if log else ()
-    told = ", ".join(f"{name} {value:.3f}" for name, value in fvu)
-    assert saved == f"saved after {tokens:,} tokens; FVU: {told}".rstrip()
-    assert following == f"next: python eval.py {out} --html page.html"
-    return before
+    last = ", ".join(f"{name} {value:.3f}" for name, value in fvu) or "none"
+    end = f"saved after {tokens:,} tokens. Last FVU: {last}\n"
+    assert end + f"next: python eval.py {out} --html page.html\n" in text
 
 
 def check_saved(out) -> tuple[dict, dict]:
@@ -150,37 +153,7 @@ def test_coders_of_sparsify_are_read(trained, tmp_path):
             assert torch.equal(p, q)
 
 
-def screen(text: str) -> list[str]:
-    """Return the lines that a terminal shows: after a carriage return a line is overwritten."""
-    lines = []
-    for line in text.split("\n"):
-        shown = ""
-        for part in line.split("\r"):
-            shown = part + shown[len(part) :]
-        lines.append(shown.rstrip())
-    return lines
-
-
-@pytest.fixture
-def run_on_a_terminal(tmp_path, monkeypatch):
-    """A function that runs skipcoder.py with both streams in one, and returns the screen."""
-
-    def run_on_a_terminal(*args) -> list[str]:
-        path = tmp_path / "terminal"
-        with path.open("w", encoding="utf-8") as stream:
-            monkeypatch.setattr(sys, "stdout", stream)
-            monkeypatch.setattr(sys, "stderr", stream)
-            message = run_here(skipcoder, *args)
-            if isinstance(message, str):  # as Python ends after sys.exit(message)
-                print(message, file=sys.stderr)
-            monkeypatch.undo()
-        return screen(path.read_bytes().decode())
-
-    return run_on_a_terminal
-
-
-def test_what_is_printed(tiny, tmp_path, run_on_a_terminal):
-    """Each message on a line of its own, also while the bar is open."""
+def test_what_is_printed(tiny, tmp_path, capfd):
     out, text = tmp_path / "run", tmp_path / "text"
     text.mkdir()
     # The whole text is less than what is trained on, so that it is repeated.
@@ -188,22 +161,17 @@ def test_what_is_printed(tiny, tmp_path, run_on_a_terminal):
     (text / "a.jsonl").write_text("\n".join(lines[:30]))
     (text / "b.JSONL").write_text("\n".join(lines[30:60]))
     (text / "notes.md").write_text("not read")
-    shown = run_on_a_terminal(*flags(tiny, out, "--dataset", text, "--tokens", 60_000))
+    assert run_here(skipcoder, *flags(tiny, out, "--dataset", text, "--tokens", 60_000)) == 0
+    shown, stderr = capfd.readouterr()
     steps = math.ceil(60_000 / STEP)
-    assert read_json(out / "config.json")["tokens_trained"] == steps * STEP
-
-    # Before the loop, after the LM is loaded.
-    start = shown.index(f"--dataset {text}: files read 2, left out 1")
-    assert shown[start + 1] == f"{FOLDER} of {tiny}, 256 latents, cpu x 1"
-    assert shown[start + 2] == f"{steps} steps of 496 tokens, lr 0.0036"
-
-    # In the loop, and at its end.
-    repeated = [line for line in shown if "is repeated" in line]
-    assert len(repeated) == 1 and repeated[0].startswith("--dataset is repeated: it has ")
-    *shown, nothing = shown
-    *_, bar = check_end(shown, out)
-    assert nothing == "" and bar.startswith("100%|") and "tok/s" in bar and "FVU" in bar
-    assert sum("tok/s" in line for line in shown) == 1, "the bar is shown once"
+    assert shown.splitlines()[:3] == [
+        f"--dataset {text}: files read 2, left out 1",
+        f"{FOLDER} of {tiny}, 256 latents, cpu x 1",
+        f"{steps} steps of 496 tokens, lr 0.0036",
+    ]
+    assert shown.splitlines()[3].startswith("--dataset is repeated: it has ")
+    check_end(shown, out)
+    assert len(shown.splitlines()) == 6 and re.search(r"100%\|.*tok/s, FVU \S+ to \S+\]\n$", stderr)
 
 
 def test_the_log_has_200_lines_at_fixed_steps(tiny, tmp_path, monkeypatch):
@@ -216,12 +184,9 @@ def test_the_log_has_200_lines_at_fixed_steps(tiny, tmp_path, monkeypatch):
     log = read_log(out)
     steps = [math.ceil(i * 450 / 200) for i in range(1, 201)]
     assert [line["tokens"] for line in log] == [31 * step for step in steps]
-    between = [31 * (step - before) for before, step in zip([0, *steps], steps)]
-    speeds = [line["tokens_per_s"] for line in log]
-    # The clock is read twice before the loop.
-    assert speeds == [round(tokens / 2) for tokens in between] or speeds[1:] == [
-        round(tokens / 2) for tokens in between[1:]
-    ]
+    # (The clock is read more than once before the first line.)
+    speeds = [round(31 * (step - before) / 2) for before, step in pairwise(steps)]
+    assert [line["tokens_per_s"] for line in log[1:]] == speeds
 
 
 def test_the_learning_rate_rises_and_falls(tiny, tmp_path, monkeypatch):
@@ -331,22 +296,83 @@ def test_several_k_are_several_runs_in_one(tiny, tmp_path, capfd):
 # ---- A run that ends too early --------------------------------------------------------------
 
 
-def start(action, screen_path) -> multiprocessing.Process:
-    """Call action in a process and a process group of its own, as if it were a program."""
+@pytest.fixture
+def started():
+    """A list of processes, of which none outlives the test."""
+    processes = []
+    yield processes
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
-    def program():
-        os.setsid()
-        # DataLoader sets its handler once in a process. So it does in this one.
-        torch.utils.data._utils.signal_handling._SIGCHLD_handler_set = False
-        descriptor = os.open(screen_path, os.O_WRONLY | os.O_CREAT)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        sys.stdout, sys.stderr = (os.fdopen(number, "w", 1) for number in (1, 2))
-        action()
 
-    process = multiprocessing.get_context("fork").Process(target=program)
-    process.start()
-    return process
+# Processes are forked from a server that has imported all and run nothing, which takes less time than
+# to start Python. (A process that has run models has threads, and cannot be forked safely.)
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["conftest"])
+
+
+def program(screen, args, constants, torchrun, record):
+    """Be `python skipcoder.py args`, with some constants changed and both streams in one file.
+
+    torchrun holds the environment variables that torchrun sets. If record is a path, the tokens of
+    each batch and the weights after each step are written to it.
+    """
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # of readers, not by the server
+    descriptor = os.open(screen, os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", 1) for number in (1, 2))
+    sys.argv = ["skipcoder.py", *args]
+    if torchrun:
+        os.environ.update(torchrun)
+        anew = runpy.run_path(str(ROOT / "skipcoder.py"))  # it reads them as it is imported
+        constants = constants | {name: anew[name] for name in ("RANK", "WORLD")}
+    for name, value in constants.items():
+        setattr(skipcoder, name, value)
+    if constants.get("NOHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if record is None:
+        return skipcoder.main()
+
+    call, step, texts, weights = MLPActivations.__call__, Trainer.step, [], []
+
+    def seen_call(activations, tokens):
+        texts.append(tokens)
+        return call(activations, tokens)
+
+    def seen_step(trainer, *args):
+        step(trainer, *args)
+        weights.append([p.detach().clone() for p in trainer.coder.parameters()])
+
+    MLPActivations.__call__, Trainer.step = seen_call, seen_step
+    skipcoder.main()
+    torch.save((texts, weights), record)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def start(started, monkeypatch):
+    """A function that starts a `program`."""
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/tests")  # for the server
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def start(screen, args, torchrun=None, record=None, **constants):
+        process = SERVER.Process(target=program, args=(screen, args, constants, torchrun, record))
+        process.start()
+        started.append(process)
+        return process
+
+    return start
+
+
+def exit_code(process) -> int:
+    """Return it once there is one. (`join` waits for the reader processes, too.)"""
+    deadline = time.time() + 30
+    while process.is_alive() and time.time() < deadline:
+        time.sleep(0.02)
+    return process.exitcode
 
 
 def wait_until(condition, process, seconds=60):
@@ -360,60 +386,53 @@ ENDS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, "nohup", signal.SIGKILL]
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_signals_save_what_there_is(tiny, tmp_path, monkeypatch, end):
+def test_signals_save_what_there_is(tiny, tmp_path, start, end):
     """Sent to every process of the group, as a terminal and `timeout` do.
 
     After SIGKILL there is what was saved last. Under nohup, SIGHUP is ignored.
     """
-    out, log = tmp_path / "run", tmp_path / "run/log.jsonl"
-    monkeypatch.setattr(skipcoder, "LOG_LINES", 10**9)  # a line for each step
+    out, log, screen = tmp_path / "run", tmp_path / "run/log.jsonl", tmp_path / "screen"
+    constants = {"LOG_LINES": 10**9, "NOHUP": end == "nohup"}  # a line for each step
     if end == signal.SIGKILL:
-        monkeypatch.setattr(skipcoder, "SAVE_EVERY", -1)
-    args = ["skipcoder.py", *flags(tiny, out, "--tokens", "1e9")]
-    monkeypatch.setattr(sys, "argv", args)
-
-    def program():
-        if end == "nohup":
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        skipcoder.main()
-
-    process = start(program, tmp_path / "screen")
+        constants["SAVE_EVERY"] = -1
+    process = start(screen, flags(tiny, out, "--tokens", "1e9"), **constants)
     wait_until(lambda: log.exists() and len(log.read_text().splitlines()) > 5, process)
     if end == "nohup":
         os.killpg(process.pid, signal.SIGHUP)
         lines = len(log.read_text().splitlines())
         wait_until(lambda: len(log.read_text().splitlines()) > lines + 5, process)
-    else:
-        assert (out / "config.json").exists() == (end == signal.SIGKILL)
+    elif end != signal.SIGKILL:
+        assert not (out / "config.json").exists()
     os.killpg(process.pid, signal.SIGTERM if end == "nohup" else end)
-    process.join(30)
+    code = exit_code(process)
 
     if end == signal.SIGKILL:  # in the middle of a save there is no run, and never a mix
-        assert process.exitcode == -signal.SIGKILL
+        assert code == -signal.SIGKILL
         if not (out / "config.json").exists():
             return
         config, coders = load_run(out)
     else:
-        assert process.exitcode == 130
+        assert code == 130
         config, coders = check_saved(out)
-        shown = list(filter(None, screen((tmp_path / "screen").read_text())))
-        assert "Traceback" not in "".join(check_end(shown, out))
+        check_end(screen.read_text(), out)
+        assert OURS not in screen.read_text()
         assert config["tokens_trained"] >= read_log(out)[-1]["tokens"]
-    assert set(coders) == set(ARCHS) and 5 * STEP < config["tokens_trained"] < 1e8
+    assert set(coders) == set(ARCHS) and 3 * STEP < config["tokens_trained"] < 1e8
 
 
-def test_ctrl_c_in_a_program_of_its_own(tiny, tmp_path):
+def test_ctrl_c_in_a_program_of_its_own(tiny, tmp_path, started):
     """With readers and libraries as they are there: the shell sees 130, and no traceback."""
-    out = tmp_path / "run"
+    out, pipe = tmp_path / "run", subprocess.PIPE
     args = [sys.executable, "skipcoder.py", *flags(tiny, out, "--tokens", 20_000 * STEP)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(args, **pipes, env=ALONE, cwd=ROOT, start_new_session=True)
-    process.is_alive = lambda: process.poll() is None
-    wait_until(lambda: (out / "log.jsonl").exists() and read_log(out), process)
+    options = {"env": ALONE, "cwd": ROOT, "text": True, "start_new_session": True}
+    process = subprocess.Popen(args, stdout=pipe, stderr=pipe, **options)
+    started.append(process)
+    while process.poll() is None and not ((out / "log.jsonl").exists() and read_log(out)):
+        time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     stdout, stderr = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in stderr, stderr
-    check_end(stdout.splitlines(), out)
+    assert process.returncode == 130 and OURS not in stderr, stderr
+    check_end(stdout, out)
     config, _ = check_saved(out)
     assert 100 * STEP <= config["tokens_trained"] < 20_000 * STEP
 
@@ -434,7 +453,7 @@ def interrupt(monkeypatch, owner, name, call, error=KeyboardInterrupt, before=Fa
     monkeypatch.setattr(owner, name, interrupted)
 
 
-PLACES = [  # and in which step that is, with one coder
+PLACES = [  # each with one coder; the third item is in which call
     (torch.optim.Adam, "step", 4, False),  # W_dec's rows are no longer of length 1
     (Trainer, "step", 5, True),
     (Trainer, "pop_fvu", 4, False),
@@ -443,20 +462,25 @@ PLACES = [  # and in which step that is, with one coder
 ]
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place[1])
-def test_an_interrupt_may_come_anywhere(tiny, tmp_path, monkeypatch, place):
+def test_an_interrupt_or_an_error_may_come_anywhere(tiny, tmp_path, monkeypatch, place, error):
     """In a step, in a log line, in a save: what was trained is saved, with rows of length 1."""
     monkeypatch.setattr(skipcoder, "SAVE_EVERY", -1 if place[1] == "replace" else 1e9)
     owner, name, call, before = place
-    interrupt(monkeypatch, owner, name, call, before=before)
+    interrupt(monkeypatch, owner, name, call, error, before)
     out = tmp_path / "run"
-    assert run_here(skipcoder, *flags(tiny, out, "--arch", "sae", "--lr", 0.1)) == 130
+    with pytest.raises(RuntimeError) if error is RuntimeError else contextlib.nullcontext():
+        assert run_here(skipcoder, *flags(tiny, out, "--arch", "sae", "--lr", 0.1)) == 130
     config, _ = check_saved(out)
     assert config["tokens_trained"] in (3 * STEP, 4 * STEP)
 
 
 def test_signals_do_not_interrupt_the_save(tiny, tmp_path, monkeypatch):
-    """Neither a second one, nor that of a reader that is killed: DataLoader would raise."""
+    """Neither a second one, nor that of a reader that is killed: DataLoader would raise.
+
+    (A signal to the process group does not reach readers, which have groups of their own.)
+    """
     handling = torch.utils.data._utils.signal_handling
     monkeypatch.setattr(handling, "_SIGCHLD_handler_set", False)
     write, readers = skipcoder.write, []
@@ -465,7 +489,7 @@ def test_signals_do_not_interrupt_the_save(tiny, tmp_path, monkeypatch):
         for number in skipcoder.STOP:
             os.kill(os.getpid(), number)
         for reader in multiprocessing.active_children():
-            readers.append(reader.pid)
+            readers.append(os.getpgid(reader.pid))
             os.kill(reader.pid, signal.SIGKILL)
         time.sleep(0.2)
         write(contents)
@@ -474,7 +498,8 @@ def test_signals_do_not_interrupt_the_save(tiny, tmp_path, monkeypatch):
     interrupt(monkeypatch, Trainer, "step", 4)
     out = tmp_path / "run"
     assert run_here(skipcoder, *flags(tiny, out, "--arch", "sae", "--tokens", "1e9")) == 130
-    assert readers and check_saved(out)[0]["tokens_trained"] == 3 * STEP
+    assert readers and os.getpgrp() not in readers
+    assert check_saved(out)[0]["tokens_trained"] == 3 * STEP
 
 
 def test_a_reader_that_is_killed_ends_the_run_with_what_was_trained(tiny, tmp_path, monkeypatch):
@@ -492,29 +517,6 @@ def test_a_reader_that_is_killed_ends_the_run_with_what_was_trained(tiny, tmp_pa
     with pytest.raises((RuntimeError, EOFError, OSError)):
         run_here(skipcoder, *flags(tiny, out, "--arch", "sae", "--tokens", "1e7"))
     assert 3 * STEP < check_saved(out)[0]["tokens_trained"] < 1e7
-
-
-def test_a_signal_to_a_reader_process_does_not_end_the_run(tiny, tmp_path, monkeypatch):
-    """A signal to the process group does not reach the readers."""
-    step, groups = Trainer.step, []
-
-    def seen(trainer, *args):
-        groups.extend(os.getpgid(reader.pid) for reader in multiprocessing.active_children())
-        step(trainer, *args)
-
-    monkeypatch.setattr(Trainer, "step", seen)
-    assert run_here(skipcoder, *flags(tiny, tmp_path / "run", "--arch", "sae")) == 0
-    assert groups and os.getpgrp() not in groups
-
-
-def test_an_error_of_any_kind_in_the_middle_saves_what_was_trained(tiny, tmp_path, monkeypatch):
-    interrupt(monkeypatch, Trainer, "step", 4, RuntimeError("the device is gone"))
-    out = tmp_path / "run"
-    with pytest.raises(RuntimeError, match="the device is gone"):
-        run_here(skipcoder, *flags(tiny, out, "--arch", "sae"))
-    config, coders = check_saved(out)
-    assert config["tokens_trained"] == 3 * STEP
-    assert list(coders) == ["sae"]
 
 
 def test_before_the_first_step_there_is_nothing_to_save(trained, tiny, tmp_path, monkeypatch):
@@ -543,10 +545,8 @@ def test_what_is_not_finite_is_not_saved_between_log_lines_either(
     assert contents(out) == before and "saved" not in capsys.readouterr().out
 
 
-def test_text_that_breaks_off_saves_what_was_trained(
-    tiny, tmp_path, monkeypatch, run_on_a_terminal
-):
-    """And is told in one line, after what was done.
+def test_text_that_breaks_off_saves_what_was_trained(tiny, tmp_path, monkeypatch, capfd):
+    """And is told in one line.
 
     The pool of rows is small enough for the end of the text to be read after some steps.
     """
@@ -554,13 +554,13 @@ def test_text_that_breaks_off_saves_what_was_trained(
     out, path = tmp_path / "run", tmp_path / "text.jsonl"
     write_jsonl(path, [f"{i} is the number of it" for i in range(900)])
     path.write_text(path.read_text()[:-9])
-    more = "--dataset", path, "--tokens", "1e7", "--arch", "sae"
-    *shown, error, nothing = run_on_a_terminal(*flags(tiny, out, *more))
-    assert error.startswith(f"error: --dataset {path}: text.jsonl: line 900 ") and nothing == ""
-    *_, bar = check_end(shown, out)
-    assert "%|" in bar and "Traceback" not in "".join(shown)
-    config, coders = check_saved(out)
-    assert list(coders) == ["sae"] and 2000 < config["tokens_trained"] < 50_000
+    args = flags(tiny, out, "--dataset", path, "--tokens", "1e7", "--arch", "sae")
+    message = run_here(skipcoder, *args)
+    assert message.startswith(f"error: --dataset {path}: text.jsonl: line 900 ")
+    shown, stderr = capfd.readouterr()
+    check_end(shown, out)
+    assert "Traceback" not in stderr
+    assert 2000 < check_saved(out)[0]["tokens_trained"] < 50_000
 
 
 # ---- Files, whole or not at all -------------------------------------------------------------
@@ -675,58 +675,29 @@ def test_of_two_runs_with_one_out_the_later_one_fails(tiny, tmp_path, monkeypatc
 # ---- Several processes ----------------------------------------------------------------------
 
 
-@pytest.fixture
-def run_two(tmp_path, monkeypatch):
-    """A function that calls another one with 0 and with 1 in two processes, as torchrun does."""
-
-    def run_two(action):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-
-        def program(rank):
-            numbers = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-            os.environ.update({name: str(number) for name, number in numbers.items()})
-            os.environ["MASTER_ADDR"] = "127.0.0.1"
-            skipcoder.RANK, skipcoder.WORLD = rank, 2
-            action(rank)
-
-        paths = [tmp_path / f"screen{rank}" for rank in (0, 1)]
-        both = [start(lambda rank=rank: program(rank), paths[rank]) for rank in (0, 1)]
-        for process, path in zip(both, paths):
-            process.join(60)
-            assert process.exitcode == 0, path.read_text()
-        return [path.read_text() for path in paths]
-
-    return run_two
+def start_two(start, folder, args, record=False, **constants) -> list:
+    """Start two programs that are set up as by torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    both = []
+    for rank in (0, 1):
+        torchrun = address | {"RANK": str(rank), "WORLD_SIZE": "2"}
+        path = folder / f"rank{rank}" if record else None
+        both.append(start(folder / f"screen{rank}", args, torchrun, path, **constants))
+    return both
 
 
-def test_two_processes_train_as_one_with_their_rows(tiny, tmp_path, monkeypatch, run_two):
+def test_two_processes_train_as_one_with_their_rows(tiny, tmp_path, start):
     """Each takes a half of the batch. Their coders stay equal bit for bit.
 
     And they equal those of one process that is given the same rows. The FVU is that of both.
     """
     out = tmp_path / "run"
-    monkeypatch.setattr(sys, "argv", ["skipcoder.py", *flags(tiny, out, "--tokens", 10 * STEP)])
-    call, step, texts, weights = MLPActivations.__call__, Trainer.step, [], []
-
-    def seen(activations, tokens):
-        texts.append(tokens)
-        return call(activations, tokens)
-
-    def seen_step(trainer, *args):
-        step(trainer, *args)
-        weights.append([p.detach().clone() for p in trainer.coder.parameters()])
-
-    monkeypatch.setattr(MLPActivations, "__call__", seen)
-    monkeypatch.setattr(Trainer, "step", seen_step)
-
-    def program(rank):
-        skipcoder.main()
-        torch.save((texts, weights), tmp_path / f"rank{rank}")
-        torch.distributed.destroy_process_group()
-
-    first_screen, second_screen = run_two(program)
+    both = start_two(start, tmp_path, flags(tiny, out, "--tokens", 10 * STEP), record=True)
+    codes = [exit_code(process) for process in both]
+    first_screen, second_screen = ((tmp_path / f"screen{i}").read_text() for i in (0, 1))
+    assert codes == [0, 0], first_screen + second_screen
     assert "cpu x 2" in first_screen and "saved after" in first_screen
     assert "cpu x" not in second_screen and "saved" not in second_screen
     (texts_0, weights_0), (texts_1, weights_1) = (torch.load(tmp_path / f"rank{i}") for i in (0, 1))
@@ -738,8 +709,6 @@ def test_two_processes_train_as_one_with_their_rows(tiny, tmp_path, monkeypatch,
     assert not rows[0] & rows[1]
 
     # One process.
-    monkeypatch.setattr(MLPActivations, "__call__", call)
-    monkeypatch.setattr(Trainer, "step", step)
     lm = skipcoder.load_lm(str(tiny), torch.device("cpu"))
     activations = MLPActivations(lm, skipcoder.find_mlp(lm, 1)[2])
     x, y = activations(texts_0[0])
@@ -763,38 +732,15 @@ def test_two_processes_train_as_one_with_their_rows(tiny, tmp_path, monkeypatch,
             assert (p - q).norm() < 1e-3 * p.norm()
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-SAVING = """
-import os, sys
-print("pid", os.getpid(), flush=True)
-sys.path.insert(0, sys.argv.pop(1))
-import skipcoder
-skipcoder.LOG_LINES, skipcoder.SAVE_EVERY = 10**9, -1  # it saves at each step
-skipcoder.main()
-"""
-
-
-def test_a_signal_to_torchrun_ends_both_processes_and_leaves_a_whole_run(tiny, tmp_path):
-    (tmp_path / "saving.py").write_text(SAVING)
+def test_a_signal_to_two_processes_leaves_a_whole_run(tiny, tmp_path, start):
+    """As torchrun sends it to both. One of them may wait for the other just then."""
     out = tmp_path / "run"
-    args = [*TORCHRUN, tmp_path / "saving.py", ROOT, *flags(tiny, out, "--tokens", "1e9")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [sys.executable, *map(str, args), "--arch=sae"]
-    process = subprocess.Popen(command, **pipes, env=ALONE, start_new_session=True)
-    process.is_alive = lambda: process.poll() is None
-    wait_until((out / "config.json").exists, process, 90)
+    args = flags(tiny, out, "--tokens", "1e9")
+    both = start_two(start, tmp_path, args, LOG_LINES=10**9, SAVE_EVERY=-1)
+    wait_until((out / "config.json").exists, both[0])
     time.sleep(0.3)
-    process.terminate()
-    try:
-        stdout, stderr = process.communicate(timeout=40)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    pids = [int(line.split()[1]) for line in stdout.splitlines() if line.startswith("pid")]
-    assert process.returncode != 0 and len(pids) == 2
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    for process in both:
+        os.killpg(process.pid, signal.SIGTERM)
+    assert all(exit_code(process) for process in both)
     config, _ = check_saved(out)
     assert config["tokens_trained"] % STEP == 0 < config["tokens_trained"] < 1e8
-    assert stdout.count("cpu x 2") == 1, stderr
