@@ -380,7 +380,8 @@ FORMATS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_txt}
 
 def file_format(path):
     """Return ".jsonl" for words.jsonl and for words.jsonl.gz."""
-    compressed = path.suffix[1:].lower() in fsspec.utils.compressions
+    # (Not .zip: fsspec would read the first of its files only.)
+    compressed = path.suffix[1:].lower() in fsspec.utils.compressions.keys() - {"zip"}
     return Path(path.stem if compressed else path.name).suffix.lower()
 
 

@@ -120,6 +120,7 @@ DATA = {  # content of a file, and what the line says
     "list.jsonl": (b'["words"]\n' * 100, "list.jsonl: line 1 .*words"),
     "broken.jsonl": (b'{"text": "words"}\n{"text": "wor', "broken.jsonl: line 2 .*wor'"),
     "broken.parquet": (b"PAR1 and no more", "broken.parquet: .*arquet"),
+    "two_files.jsonl.zip": (b"PK", "no text to read"),  # fsspec would read one of them
     "torn.jsonl.gz": (gzip.compress(b'{"text": "many words"}' * 99)[:40], "ended before"),
     "words.csv": (b"text\nwords", "no text to read"),
     "folder": (None, "no text to read"),

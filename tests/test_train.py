@@ -312,6 +312,13 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["conftest"])
 
 
+def receive_signals():
+    """Let no signal be ignored, as those of a terminal are if the tests run in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def program(screen, args, constants, torchrun, record):
     """Be `python skipcoder.py args`, with some constants changed and both streams in one file.
 
@@ -331,6 +338,7 @@ def program(screen, args, constants, torchrun, record):
         constants = constants | {name: anew[name] for name in ("RANK", "WORLD")}
     for name, value in constants.items():
         setattr(skipcoder, name, value)
+    receive_signals()
     if constants.get("NOHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if record is None:
@@ -401,7 +409,9 @@ def test_signals_save_what_there_is(tiny, tmp_path, start, end):
         os.killpg(process.pid, signal.SIGHUP)
         lines = len(log.read_text().splitlines())
         wait_until(lambda: len(log.read_text().splitlines()) > lines + 5, process)
-    elif end != signal.SIGKILL:
+    elif end == signal.SIGKILL:
+        wait_until((out / "config.json").exists, process)
+    else:
         assert not (out / "config.json").exists()
     os.killpg(process.pid, signal.SIGTERM if end == "nohup" else end)
     code = exit_code(process)
@@ -425,6 +435,7 @@ def test_ctrl_c_in_a_program_of_its_own(tiny, tmp_path, started):
     out, pipe = tmp_path / "run", subprocess.PIPE
     args = [sys.executable, "skipcoder.py", *flags(tiny, out, "--tokens", 20_000 * STEP)]
     options = {"env": ALONE, "cwd": ROOT, "text": True, "start_new_session": True}
+    options["preexec_fn"] = receive_signals
     process = subprocess.Popen(args, stdout=pipe, stderr=pipe, **options)
     started.append(process)
     while process.poll() is None and not ((out / "log.jsonl").exists() and read_log(out)):
