@@ -606,9 +606,7 @@ def evaluate(config, coders, args):
     fitted = {name: losses(sample, name) if enough else None for name in ("affine", "token")}
     without = {name: row for name, row in scores.items() if name not in coders}
     report["baselines"] = fitted | without
-    where = (
-        counted.flatten().nonzero().flatten()
-    )  # [n], the index of each place in tokens.flatten()
+    where = counted.flatten().nonzero().flatten()  # [n], where each place is in tokens.flatten()
     shown = {name: (active[name], judged[name]) for name in (*coders, "neurons")}
     return report, (tokens, where, shown, tokenizer)
 
@@ -660,8 +658,8 @@ def remarks(report):
     lines = [f"{run['hookpoint']} of {run['model']}, trained on {trained_on}."]
     lines.append(
         f"{report['tokens']:,} held-out tokens of {evaluated_on}. Cross-entropy is"
-        f" {report['clean_ce']:.4f} nats per token, {report['mean_ablated_ce']:.4f} with the mean of"
-        f" y in the MLP's place, {report['zero_ablated_ce']:.4f} with zero."
+        f" {report['clean_ce']:.4f} nats per token, {report['mean_ablated_ce']:.4f} with the mean"
+        f" of y in the MLP's place, {report['zero_ablated_ce']:.4f} with zero."
     )
     lines.append(
         "Lower is better for FVU (1: no better than the mean), CE increase and KL, higher for the"
