@@ -24,7 +24,7 @@ connection, for each layer.
 
 The packages hold quantised weights: those of the MLPs have 4 bits in SmolLM2, and 4 to 6 in Gemma.
 They are written as bfloat16 here, so both LMs are a little worse than the released ones. The text
-is the one of tests/tiny_gpt2.py: sources and manual of the Python that runs this script.
+is the one of tests/demo.py: sources and manual of the Python that runs this script.
 """
 
 import argparse
@@ -34,7 +34,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import tiny_gpt2
+import demo
 import torch
 import transformers
 
@@ -95,7 +95,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     lm.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    lines = [json.dumps({"text": text}) + "\n" for text in tiny_gpt2.documents()]
+    lines = [json.dumps({"text": text}) + "\n" for text in demo.documents()]
     (out / "text.jsonl").write_text("".join(lines), encoding="utf-8")
     flags = f"--model {out} --dataset {out}/text.jsonl --layer {layer} --expansion 16 --tokens 1e6"
     print(f"{len(lines):,} documents; next: python skipcoder.py {flags}")
