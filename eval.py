@@ -13,26 +13,26 @@ EleutherAI's sparsify (see README). For each of them it reports
     KL            KL(clean || patched) of the next-token distributions
 
 CE and KL are in nats per token. Three scores ask whether the places at which a latent is active
-have something in common. The judge is the LM itself: two places are alike if its last hidden states
-there, after the final norm, are alike.
+have something in common. The judge is the LM itself: two places are alike if the hidden states of
+its last layer there, after the final norm, are alike.
 
     intruder      a latent is active at four places, and silent at a fifth, the intruder. Guess the
                   odd one out. Score: the share of right guesses, .2 by chance
     one word      the same, but all five places have the same token, so that only the text before
-                  it can tell
-    detection     given ten places where the latent is strongest, tell other places at which it is
-                  active from those at which it is silent. Score: the area under the ROC curve,
-                  .5 by chance
+                  that token can tell
+    detection     given ten places of the first half of the text where the latent is strongest,
+                  tell places of the second half at which it is active from those at which it is
+                  silent. Score: the area under the ROC curve, .5 by chance
 
 Baselines give these numbers a scale. FVU, CE and KL:
 
     affine        the best affine map from x to y: how far one gets without latents
     token         the mean of y for the token, which needs no context at all
-    mean, zero    the mean of all y, and nothing (only in the JSON file)
+    mean, zero    the mean of all y, and nothing (only their CE, in the JSON file)
 
 The scores:
 
-    neurons       the MLP's own neurons, the k largest of each token
+    neurons       the MLP's own neurons, the k with the largest values at each token, if positive
     untrained     a transcoder, and an autoencoder ("untrained_sae"), before training
     null          latents that are active at random places
 
@@ -68,13 +68,17 @@ import skipcoder
 from skipcoder import Coder
 
 CE_TOKENS = 20_000  # CE and KL use only about so many tokens, as each coder needs a pass of the LM
-LOGITS = 2**26  # computed at a time: 256 MB for each copy of them
+LOGITS = 2**26  # most logits computed at a time, 256 MB for each copy of them
 
 # ---- The LM, with and without something in the MLP's place ----------------------------------
 
 
 class PatchedLM:
-    """The LM with hooks on one MLP. A call sets self.x, y, neurons and hidden, [rows, T, width]."""
+    """The LM with hooks on one MLP. A call sets self.x, y, neurons and hidden, [rows, T, width].
+
+    Unlike skipcoder.MLPActivations it keeps all positions, and it can replace the MLP's output.
+    (The refusals of MLPActivations are not repeated: no run exists for what it refuses.)
+    """
 
     def __init__(self, lm, layer):
         self.lm = lm
@@ -143,17 +147,21 @@ class Moments:
 
 
 def mean_and_error(values):
-    """Return the mean of independent values [n], at least two, and its standard error."""
+    """Return the mean of independent values [n] and its standard error, or None, None if n < 2."""
+    if len(values) < 2:
+        return None, None
     values = values.double()
     return values.mean().item(), values.std().item() / len(values) ** 0.5
 
 
 def mean_over_rows(sums, numbers):
-    """Return the mean of all values and its standard error, from sums and numbers of rows, [rows].
+    """Return the mean of all values and its standard error.
 
+    sums, numbers: [rows], for each row of tokens the sum of its values and how many they are.
     Tokens of one row depend on one another, so the error comes from the differences between rows.
     If row i has n_i values with the sum s_i, the mean is the ratio sum_i s_i / sum_i n_i. By the
-    delta method, row i contributes (s_i - mean * n_i) / mean(n_i) to its error.
+    delta method (the ratio is linearised), row i contributes (s_i - mean * n_i) / mean(n_i) to its
+    error.
     """
     mean = (sums.sum() / numbers.sum()).item()
     return mean, mean_and_error((sums - mean * numbers) / numbers.mean())[1]
@@ -173,11 +181,12 @@ class Baselines:
     """What predicts y without latents: the best affine map, the token alone, the mean, zero.
 
     The affine map is the least-squares solution A [d, d], b [d] of y = x A + b. The matrix x^T x
-    may be singular, as after a layer norm. So 1e-6 of the mean of its diagonal is added to the
-    diagonal, which moves FVU by less than 1e-5.
+    may be singular, as after a layer norm, whose outputs x lie in a hyperplane. So 1e-6 of the mean
+    of its diagonal is added to the diagonal, which moves FVU by less than 1e-5.
 
-    The token baseline is the mean of y over all n occurrences of a token, with 5 more that have the
-    mean of all y: (sum + 5 mean) / (n + 5). A token that never occurred gets the mean of all y.
+    The token baseline is the mean of y over the n occurrences of a token, as if it had occurred 5
+    more times with the mean of all y: (sum + 5 mean) / (n + 5). A token that never occurred gets
+    the mean of all y.
     """
 
     def __init__(self, patched, batches, d, max_norm, device):
@@ -241,46 +250,48 @@ class Sample:
         self.errors_all = defaultdict(float)  # the same over places and outliers
         # Only of batches with predictions, [rows] each:
         self.num_predictions = []  # those that count in each row
-        self.ce, self.kl = defaultdict(list), defaultdict(list)  # the sums of their losses
+        self.ce, self.kl = defaultdict(list), defaultdict(list)  # sums over these predictions
 
 
 def active_entries(acts, indices, first_place):
-    """Return (place, latent, act), [m] each, for all entries of acts, indices [n, k] above 0."""
+    """Return (place, latent, act), [m] each, for all acts above 0. acts, indices: [n, k]."""
     token, slot = (acts > 0).nonzero(as_tuple=True)
     place, latent = token + first_place, indices[token, slot]
     act = acts[token, slot].float()
     return place.cpu(), latent.cpu(), act.cpu()
 
 
+@torch.no_grad()
 def read_held_out(patched, batches, coders, untrained, baselines, k, max_norm):
     """Run the LM, the coders and the baselines on batches of tokens, and return a Sample."""
     sample, device = Sample(), baselines.y_mean.device
     rows, T = batches[0].shape
-    # CE and KL are taken from every n-th batch, at least from two.
+    # CE and KL are taken from every n-th batch, n as large as leaves CE_TOKENS and two batches.
     every = len(batches) * rows * (T - 2) // CE_TOKENS
     every = max(1, min(every, len(batches) // 2))
     width = max(1, LOGITS // len(patched.weight) // rows)  # positions predicted at a time
 
-    for number, tokens in enumerate(tqdm(batches, "held-out text", leave=False)):
+    for batch_number, tokens in enumerate(tqdm(batches, "held-out text", leave=False)):
         # The clean LM. Position 0 never counts, so x and y are without it.
         tokens = tokens.to(device)
         patched(tokens, positions=slice(0))
         y_rows = patched.y  # [rows, T, d]
         x, y = patched.x[:, 1:].flatten(0, 1), y_rows[:, 1:].flatten(0, 1)  # [rows * (T - 1), d]
         counted = counted_tokens(y_rows, max_norm)  # [rows, T]
-        inlier = counted[:, 1:].flatten()  # [rows * (T - 1)]
+        inlier = counted[:, 1:].flatten()  # the same, for x and y: [rows * (T - 1)]
         first_place = sample.y.number  # the number of tokens counted so far
         sample.counted.append(counted.cpu())
         sample.hidden.append(patched.hidden[counted].bfloat16().cpu())
 
         # The active latents of the coders and of untrained ones, and the top neurons.
-        with skipcoder.fast_matmuls(device):
+        with skipcoder.fast_matmuls(device):  # as in training
             # Coders get both x and y, since the autoencoder reads y and the transcoders read x.
             coded = {name: coder(x, y) for name, coder in coders.items()}
             entries = {name: coder.encode(x, y) for name, coder in untrained.items()}
         entries |= {name: (acts, indices) for name, (_, acts, indices) in coded.items()}
         neurons = patched.neurons[:, 1:].flatten(0, 1)  # [rows * (T - 1), number of neurons]
-        entries["neurons"] = neurons.topk(min(k, neurons.shape[1]))  # as acts and indices
+        # Acts and indices. (Of these, as of latents, only acts above 0 will count as active.)
+        entries["neurons"] = neurons.topk(min(k, neurons.shape[1]))
         for name, (acts, indices) in entries.items():
             active = active_entries(acts[inlier], indices[inlier], first_place)
             sample.active[name].append(active)
@@ -297,7 +308,7 @@ def read_held_out(patched, batches, coders, untrained, baselines, k, max_norm):
             sample.errors_all[name] += error.sum().item()
 
         # Predictions of the LM with each y_hat in the MLP's place, against the clean ones.
-        if number % every:
+        if batch_number % every:
             continue
         outputs = {"clean": None}
         for name, y_hat in y_hats.items():
@@ -347,10 +358,10 @@ def losses(sample, name):
 TRIALS = 10  # of each latent, by intruder and by one word
 SHOWN = 4  # places of a trial at which the latent is active; one more is the intruder
 FIFTHS = 5  # parts of a latent's active places, which are sorted by act
-MIN_ACTIVE, MIN_SHARE = 40, 1 / 2500  # a latent is scored if active at 40 places and 1 in 2,500
+MIN_ACTIVE, MIN_SHARE = 40, 1 / 2500  # a latent is scored if active at 1 in 2,500 places, and at 40
 EXEMPLARS, NEAREST, SILENT = 10, 3, 1000  # places for detection: see `detect`
 SCORES = ("intruder", "one_word", "detection")
-WITHOUT_CONTEXT = ("intruder_token", "detection_lookup")  # what a judge of the token alone scores
+WITHOUT_CONTEXT = ("intruder_token", "detection_lookup")  # by a judge that sees the token alone
 
 
 class ActiveTokens:
@@ -375,7 +386,7 @@ class Contexts:
     """How the LM sees the n places of a sample."""
 
     def __init__(self, hidden, tokens, embedding):
-        """hidden [n, d]: last hidden states. tokens [n]: their ids, rows of embedding."""
+        """hidden [n, d]: last hidden states. tokens [n]: ids. embedding: [vocabulary, d]."""
         hidden = hidden.float()
         self.states = F.normalize(hidden - hidden.mean(0), dim=-1)  # [n, d]
         # Words are the ids of the tokens that occur, numbered anew from 0 on.
@@ -398,7 +409,7 @@ def intruder_trials(active, silent, generator):
     (Paulo & Belrose 2025, arXiv 2507.08473.) `active` is sorted by act. Trial t draws from its
     fifth t mod 5, of which 0 has the largest acts.
     """
-    fifths = active.tensor_split(FIFTHS) * (TRIALS // FIFTHS)  # each of them twice
+    fifths = active.tensor_split(FIFTHS) * (TRIALS // FIFTHS)  # a tuple, each fifth twice
     shown = torch.stack([draw(fifth, SHOWN, generator) for fifth in fifths])
     intruders = silent[torch.randint(len(silent), (TRIALS, 1), generator=generator)]
     return torch.cat([shown, intruders], dim=1)
@@ -436,23 +447,23 @@ def found(states):
 def auroc(active, silent):
     """Return the chance that an active value is above a silent one, where a tie counts half."""
     silent = silent.sort().values
-    below = torch.searchsorted(silent, active)
-    not_above = torch.searchsorted(silent, active, right=True)
+    below = torch.searchsorted(silent, active)  # how many silent values are below each active one
+    not_above = torch.searchsorted(silent, active, right=True)  # the same with those equal to it
     return ((below + not_above) / 2 / len(silent)).mean().item()
 
 
 def detect(active, silent, contexts, generator):
-    """Return how well a latent's places in the second half of the sample follow from the first.
+    """Return how well a latent's places in half of the sample can be told from the other half's.
 
     The counterpart of the paper's detection (section 3), with exemplars in place of an explanation:
-    the ten strongest places of the first half. Places are ranked by their mean similarity to the
-    three nearest of them. Returned are, as a dict,
+    the ten strongest places of the first half. Places of the second half are ranked by their mean
+    similarity to their three nearest exemplars. Returned are, as a dict,
 
         detection         AUROC of the second half's active places against silent ones
         detection_lookup  AUROC if ranked by how often the latent was active on the place's word
         detection_tpr     the share of active places found, in each fifth of acts, at the threshold
                           that 5% of the silent places of the first half pass
-        detection_fpr     the share of silent places that pass where half of the active ones do
+        detection_fpr     the share of silent places that rank above the median active one
 
     or None if a half has fewer than ten active places, or silent ones.
     """
@@ -499,23 +510,22 @@ def score(active_tokens, contexts, wanted, seed):
             scores["one_word"] = found(contexts.states[trials])
         judged.append(scores | (detect(active, silent, contexts, generator) or {}))
 
-    live = (active_tokens.count > 0).sum().item()
     row = {"latents_scored": len(judged), "eligible": None}
+    live = (active_tokens.count > 0).sum().item()
     if live > 0:  # the share of latents that could be scored, among those that are ever active
         row["eligible"] = active_tokens.eligible.sum().item() / live
     for key in (*SCORES, *WITHOUT_CONTEXT, "detection_fpr"):
-        values = torch.tensor([s[key] for s in judged if key in s], dtype=torch.float64)
-        enough = len(values) > 1
-        row[key], row[f"{key}_se"] = mean_and_error(values) if enough else (None, None)
+        values = [scores[key] for scores in judged if key in scores]
+        row[key], row[f"{key}_se"] = mean_and_error(torch.tensor(values, dtype=torch.float64))
         row[f"{key}_share"] = len(values) / max(1, len(judged))  # of scored latents that have it
-        if key == "intruder":
-            # How much latents differ. A share of ten trials is itself uncertain: the variance of
-            # that, s (1 - s) / 9, is subtracted.
-            noise = (values * (1 - values)).mean() / (TRIALS - 1)
-            row["intruder_sd"] = (
-                (values.var() - noise).clamp(min=0).sqrt().item() if enough else None
-            )
-    by_fifth = torch.tensor([s["detection_tpr"] for s in judged if "detection" in s])
+    row["intruder_sd"] = None
+    if len(judged) > 1:
+        # How much latents differ: the spread of their scores, without the noise of ten trials. If
+        # s is the share of right guesses, s (1 - s) / 9 estimates the variance of that noise.
+        s = torch.tensor([scores["intruder"] for scores in judged])
+        noise = (s * (1 - s)).mean() / (TRIALS - 1)
+        row["intruder_sd"] = (s.var() - noise).clamp(min=0).sqrt().item()
+    by_fifth = torch.tensor([scores["detection_tpr"] for scores in judged if "detection" in scores])
     row["detection_tpr"] = by_fifth.mean(0).tolist() if len(by_fifth) > 1 else None
     return row, judged
 
@@ -537,8 +547,8 @@ def evaluate(config, coders, args):
         if len(coder.b_dec) != d:
             sys.exit(f"error: RUN {args.run}: {config['model']} is {d} wide, and {name} is not")
 
-    # Read both sides of the split (of --dataset, if it is given). With 200 training tokens per
-    # dimension, overfitting of the affine map costs about 1/200 of its FVU.
+    # Read training documents for the baselines, and held-out ones for all else. With 200 training
+    # tokens per dimension, overfitting of the affine map costs about 1/200 of its FVU.
     sources = skipcoder.find_sources(args.dataset, args.subset)
     batches = {}
     for side, wanted in (("training", 200 * d), ("held-out", args.tokens)):
@@ -547,7 +557,7 @@ def evaluate(config, coders, args):
     if sum(map(len, batches["held-out"])) < 2:
         sys.exit(f"error: --tokens {args.tokens}: fewer than two rows of {ctx_len} held-out tokens")
     trained_on = sum(map(len, batches["training"])) * (ctx_len - 1)
-    enough = trained_on > 100 * d
+    enough = trained_on > 100 * d  # a small data set may have less than is wanted
 
     # First stage: baselines. Neurons and untrained coders have the k of the coder of median k.
     baselines = Baselines(patched, batches["training"], d, max_norm, device)
@@ -570,7 +580,7 @@ def evaluate(config, coders, args):
 
     # Third stage: the scores, also of latents that are active at random places.
     generator = torch.Generator().manual_seed(args.seed)
-    size = min(n, max(2 * MIN_ACTIVE, n // 200))  # places of such a latent
+    size = min(n, max(2 * MIN_ACTIVE, n // 200))  # places of such a latent: enough for all scores
     places = [torch.randperm(n, generator=generator)[:size] for _ in range(args.latents)]
     latents = torch.arange(args.latents).repeat_interleave(size)
     acts = torch.rand(len(latents), generator=generator)
@@ -581,9 +591,9 @@ def evaluate(config, coders, args):
     active = {
         name: ActiveTokens(entries, sizes[name], n) for name, entries in sample.active.items()
     }
-    scores, judged = {}, {}
+    score_rows, judged = {}, {}
     for name in tqdm(active, "scores", leave=False):
-        scores[name], judged[name] = score(active[name], contexts, args.latents, args.seed)
+        score_rows[name], judged[name] = score(active[name], contexts, args.latents, args.seed)
 
     # The report.
     run = config | {"hookpoint": patched.hookpoint, "evaluated_on": args.dataset}
@@ -601,11 +611,12 @@ def evaluate(config, coders, args):
         count = active[name].count
         row = {"arch": coder.arch, "k": coder.k, "num_latents": len(count)}
         row |= {"l0": count.sum().item() / n, "dead": (count == 0).double().mean().item()}
-        row |= losses(sample, name) | scores[name]
-        report["coders"][name] = row if enough else row | {"ce_recovered": None}
+        row |= losses(sample, name) | score_rows.pop(name)
+        if not enough:  # the mean of y, to which this compares, is one of the baselines
+            row["ce_recovered"] = None
+        report["coders"][name] = row
     fitted = {name: losses(sample, name) if enough else None for name in ("affine", "token")}
-    without = {name: row for name, row in scores.items() if name not in coders}
-    report["baselines"] = fitted | without
+    report["baselines"] = fitted | score_rows  # of neurons, untrained coders and null
     where = counted.flatten().nonzero().flatten()  # [n], where each place is in tokens.flatten()
     shown = {name: (active[name], judged[name]) for name in (*coders, "neurons")}
     return report, (tokens, where, shown, tokenizer)
@@ -638,7 +649,7 @@ def table(report):
     columns = [["", *rows]]
     for key, (heading, digits) in COLUMNS.items():
         errors = [row.get(f"{key}_se") or 0 for row in rows.values()]
-        if max(errors) > 0:  # two digits of the largest error, and no more than five
+        if max(errors) > 0:  # two digits of the largest error (.0123: 3), and no more than five
             digits = min(5, 1 - math.floor(math.log10(max(errors))))
         cells = [heading]
         for row, error in zip(rows.values(), errors):
@@ -676,7 +687,7 @@ def remarks(report):
         )
     if report["baselines"]["affine"] is None:
         lines.append(f"Only {run['baselines_tokens']:,} training tokens: no affine and token map.")
-    if report["tokens"] < MIN_ACTIVE / MIN_SHARE:
+    if report["tokens"] < MIN_ACTIVE / MIN_SHARE:  # then 40 places are more than 1 in 2,500
         lines.append(f"Few tokens: only latents active at {MIN_ACTIVE} places or more have scores.")
     return lines
 
@@ -721,14 +732,18 @@ def context(tokenizer, row, peak, acts):
 
 
 def latent_on_page(scores, active, tokens, where, tokenizer):
-    """Return the HTML of one latent: its scores, and eight contexts, the strongest first."""
-    places, acts = where[active.places[scores["latent"]]], active.acts[scores["latent"]]
-    relative = torch.zeros(tokens.shape).flatten().index_copy_(0, places, acts / acts[0])
-    n, numbers = len(places), [f"active on {len(places) / len(where):.2%} of tokens"]
+    """Return the HTML of one latent: its scores, and eight contexts, the strongest first.
+
+    active: the ActiveTokens of its coder. For the rest see `page`.
+    """
+    at, acts = where[active.places[scores["latent"]]], active.acts[scores["latent"]]
+    relative = torch.zeros(tokens.shape).flatten().index_copy_(0, at, acts / acts[0])
+    n, numbers = len(at), [f"active on {len(at) / len(where):.2%} of tokens"]
     numbers += [f"{COLUMNS[key][0]} {scores[key]:.2f}" for key in SCORES if key in scores]
     parts = [f"<article><h3>latent {scores['latent']}</h3> {', '.join(numbers)}<div>"]
+    # The four strongest, and the middles of the fifths after the first.
     for rank in (0, 1, 2, 3, 0.3 * n, 0.5 * n, 0.7 * n, 0.9 * n):
-        row, peak = divmod(places[int(rank)].item(), tokens.shape[1])
+        row, peak = divmod(at[int(rank)].item(), tokens.shape[1])
         of_row = relative.view(tokens.shape)[row].tolist()
         before, after = context(tokenizer, tokens[row].tolist(), peak, of_row)
         fifth = 1 + int(FIFTHS * rank / n)
@@ -775,7 +790,8 @@ article div {{
   font: 13px/1.7 ui-monospace, monospace; white-space: pre;
 }}
 article p {{ margin: 0; padding: 0 1px; overflow: hidden }}
-article p:nth-of-type(odd) {{ display: flex; justify-content: flex-end }}  /* cut at its start */
+/* The text before the peak is cut at its start. */
+article p:nth-of-type(odd) {{ display: flex; justify-content: flex-end }}
 span, b {{ background: rgb(var(--hot) / calc(var(--act, 0) * 90%)); unicode-bidi: isolate }}
 b {{ font-weight: normal; outline: thin solid }}
 </style>

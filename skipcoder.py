@@ -23,7 +23,7 @@ Paper: "Transcoders Beat Sparse Autoencoders for Interpretability", Paulo, Shaba
 arXiv 2501.18823 (section 2). Where our training differs from theirs, README says why (Recipe).
 
 `Coder` and `Trainer` are the method. The sections on activations, text and training feed them. What
-comes after those may be skipped: a faster version of the encoder, then files and flags.
+comes after those may be skipped: a faster version of the encoder, signals, files and flags.
 """
 
 import argparse
@@ -82,7 +82,8 @@ class Coder(nn.Module):
     file.) The activations of N tokens are the rows of a matrix [N, d].
     """
 
-    # Saved in cfg.json. Change it when you change `encode`: `load_run` and sparsify read it.
+    # Saved in cfg.json. Change it when you change `encode`: `load_run` refuses any other value, so
+    # that latents of one kind are never read as another.
     activation = "topk"
 
     def __init__(self, arch: str, d: int, num_latents: int, k: int, seed: int = 0):
@@ -95,7 +96,7 @@ class Coder(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(num_latents))
         # A latent of the autoencoder should write what it reads, so W_dec starts as W_enc. What a
         # latent of a transcoder should write is not known in advance, so W_dec starts as zero.
-        # (The gradient of W_enc passes through W_dec, so it is zero in the first step only.)
+        # (Then W_enc has no gradient in the first step. From the second on, W_dec is not zero.)
         self.W_dec = nn.Parameter(W.clone() if self.unit_rows else torch.zeros_like(W))
         self.b_dec = nn.Parameter(torch.zeros(d))
         self.W_skip = nn.Parameter(torch.zeros(d, d)) if spec.skip else None
@@ -169,9 +170,9 @@ class Trainer:
 
         # Adam changes every number by about lr per step, however large its gradient is. So we
         # multiply lr by a scale: for a bias, the size of what it is added to; for a matrix, the
-        # size of its output over the size of its input. The sizes are standard deviations of single
-        # entries: s_x those of x, s_y those of y, and s_z those of pre-activations. (That TopK
-        # selects large ones is left out: this is a rule of thumb.)
+        # size of its output over the size of its input. Sizes are standard deviations of single
+        # entries: s_x of x, s_y of y, s_z of pre-activations. (This is a rule of thumb, which was
+        # measured, not derived: how many entries a matrix adds up plays no role in it.)
         s_x, s_y = (a.var(0, correction=0).mean().sqrt().item() for a in (x, y))
         if not math.isfinite(s_x + s_y):
             sys.exit("error: --model: the MLP's input or output is not finite")
@@ -199,15 +200,16 @@ class Trainer:
         with fast_matmuls(x.device):
             y_hat, _, _ = coder(x, y)
 
-        # 2. The loss is the FVU, with a fixed denominator: the variance of the first batch. So an
-        #    error counts the same in every step and every process.
+        # 2. The loss is the FVU, with a fixed denominator: the variance of the first batch, which
+        #    all processes share. So an error counts the same in every step and every process.
         squared_error = (y - y_hat).square().sum()
         loss = squared_error / self.variance
         self.optimizer.zero_grad()
         loss.backward()
         self.sums += torch.stack([squared_error.detach(), (y - y.mean(0)).square().sum()])
 
-        # 3. Under torchrun, add up the gradients of all processes.
+        # 3. Under torchrun, add up the gradients of all processes. (Adam makes the same step for
+        #    their sum as for their mean.)
         if WORLD > 1:
             for parameter in coder.parameters():
                 if parameter.requires_grad:  # (you may have frozen one)
@@ -268,7 +270,8 @@ def exit_on_error(flag, hint, errors=LIBRARY_ERRORS):
     try:
         yield
     except errors as error:
-        # If a reader process raised it, DataLoader has put its traceback before the message.
+        # If a reader process raised it, DataLoader has put its traceback before the message, which
+        # then follows the words "DataError: ".
         message = str(error).split("DataError: ")[-1] or type(error).__name__
         sys.exit(f"error: {flag}: {' '.join(message.split())} ({hint})")
 
@@ -301,7 +304,7 @@ def find_mlp(lm, layer: int):
         sys.exit(f"error: --layer {layer}: the model has blocks 0 to {len(blocks) - 1}")
     mlp = getattr(blocks[layer], "mlp", None)
     parts = str(mlp).lower()  # lists the names and classes of its submodules
-    if mlp is None or "expert" in parts or "router" in parts:  # or a mixture of experts
+    if mlp is None or "expert" in parts or "router" in parts:  # no MLP, or several to choose from
         sys.exit(f"error: --layer {layer}: {type(blocks[layer]).__name__} has no dense .mlp")
     hookpoint = next(name for name, m in lm.base_model.named_modules() if m is mlp)
     return hookpoint, blocks, mlp
@@ -341,7 +344,8 @@ class MLPActivations:
             self.max_norm = OUTLIER * norm.median().item()
         # Keep what is not finite: Trainer shall see it and stop.
         outlier = norm.isfinite() & (norm > self.max_norm)
-        kept = (~outlier).nonzero().flatten()  # one index for x and y, as a GPU waits for it
+        # Indices and no mask: with a mask, the CPU would wait for the GPU once for x, once for y.
+        kept = (~outlier).nonzero().flatten()
         return x[kept], y[kept]
 
 
@@ -407,7 +411,8 @@ def find_sources(dataset, subset):
 def read_source(source):
     """Yield the text of each document of a file or a shard, or None if it has none."""
     if isinstance(source, datasets.IterableDataset):
-        # (A loop over the records would, in a reader, yield only that reader's part of the shard.)
+        # (`for record in source` would notice that it runs in a reader, and yield only that one's
+        # part. But the shards are divided among readers already, see `token_rows`.)
         for batch in source.iter(100):
             yield from batch["text"]
     else:
@@ -474,18 +479,19 @@ def start_reader(_number):
 
 
 def token_rows(sources, tokenizer, ctx_len, batch_size, held_out, seed):
-    """Yield the rows that reader processes pack. With a seed, they never end."""
+    """Yield the rows that reader processes pack, shuffled and for ever if there is a seed."""
     endless = seed is not None
     if endless:
         sources = random.Random(seed).sample(sources, len(sources))
 
     # Divide the sources into groups, one for each reader of each process: 8 files make 4 groups for
-    # 2 processes of 2 readers. (A group is packed as one text, since a file may be shorter than a
-    # row.) The number of readers is fixed, so that a run does not depend on the number of cores.
+    # 2 processes of 2 readers. `datasets` then divides the groups twice: among processes, and those
+    # of a process among its readers. (A group is packed as one text, since a file may be shorter
+    # than a row. The number of readers is fixed, so that no run depends on the number of cores.)
     readers = max(1, min(READERS, len(sources) // WORLD))
     num_groups = min(readers * WORLD, len(sources))
     groups = [sources[i::num_groups] for i in range(num_groups)]
-    # If an argument of the generator is a list, `datasets` gives each reader a part of it.
+    # If an argument of the generator is a list, `datasets` divides it.
     kwargs = {"groups": groups, "held_out": held_out, "tokenizer": tokenizer, "ctx_len": ctx_len}
     stream = datasets.IterableDataset.from_generator(pack_groups, gen_kwargs=kwargs)
     if endless:
@@ -532,16 +538,11 @@ def token_batches(sources, tokenizer, ctx_len, batch_size, held_out=False, seed=
 WARM_UP, DECAY = 0.05, 0.5  # shares of the run over which the learning rate rises and falls
 LOG_LINES = 200  # in a run; not more, as reading numbers off a GPU stalls it
 SAVE_EVERY = 300  # seconds
-STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def train(args):
     """Train a coder for each of `args.arch` and `args.k` on one stream of text, and save them."""
-    # Keep freed memory in the process: glibc would return it to the system, and asking for it again
-    # takes a fifth of a step on a CPU.
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    keep_freed_memory()
 
     # Load the LM, only up to the MLP: we need neither the later blocks nor the LM head.
     lm = load_lm(args.model, args.device)
@@ -555,7 +556,8 @@ def train(args):
     rows = args.batch_size // WORLD  # in a batch of this process
     batches = token_batches(sources, tokenizer, args.ctx_len, rows, seed=args.seed)
 
-    # The first batch sets where the coders start, in all processes alike. (It is not trained on.)
+    # The first batch sets where the coders start, in all processes alike. (So it is not trained on:
+    # it would count once for each process.)
     tokens = next(batches).to(args.device)
     if WORLD > 1:
         torch.distributed.broadcast(tokens, 0)
@@ -569,32 +571,18 @@ def train(args):
         trainers[f"{arch}-k{k}" if len(args.k) > 1 else arch] = Trainer(coder, x, y, args.lr)
     coders = {name: trainer.coder for name, trainer in trainers.items()}
 
-    # Collect what goes into config.json.
+    # Open the run directory. Mode "x" fails if there is a log, so two runs cannot share a folder.
+    config = new_config(args, hookpoint, coders, activations.max_norm)
     step_tokens = args.batch_size * (args.ctx_len - 1)
     steps = math.ceil(args.tokens / step_tokens)
-    config = vars(args) | {"hookpoint": hookpoint, "d": d, "num_latents": M}
-    config |= {"max_norm": activations.max_norm, "tokens_trained": 0}
-    config["coders"] = {name: f"{name}/{hookpoint}" for name in coders}  # the folder of each
-    config["versions"] = {lib.__name__: lib.__version__ for lib in (torch, transformers, datasets)}
-    for key in ("model", "dataset"):
-        if Path(config[key]).exists():  # eval.py may be called from another folder
-            config[key] = Path(config[key]).resolve()
-
-    # Open the run directory. Mode "x" fails if there is a log, so two runs cannot share a folder.
     if RANK == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         log = (args.out / "log.jsonl").open("w" if args.overwrite else "x", buffering=1)
         print(f"{hookpoint} of {args.model}, {M:,} latents, {args.device} x {WORLD}")
         print(f"{steps:,} steps of {step_tokens:,} tokens, lr {args.lr:.2g}")
 
-    # The training loop. SIGTERM and SIGHUP (the terminal was closed) interrupt it as Ctrl-C does.
-    for number in STOP:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup sets SIGHUP to be ignored
-            signal.signal(number, signal.default_int_handler)
-    if hasattr(signal, "SIGCHLD"):
-        # Drop the handler that the first batch set, DataLoader's: if a reader is killed it raises,
-        # even in the middle of a save. (DataLoader notices a missing reader without it, too.)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # The training loop.
+    handle_signals()  # now, as the first batch has set a handler, too
     bar = tqdm(total=steps * step_tokens, unit="tok", unit_scale=True, disable=RANK > 0)
     fvu, logged_at, saved_at = {}, time.monotonic(), time.monotonic()
     try:
@@ -602,17 +590,18 @@ def train(args):
             # Train each coder on the same activations.
             x, y = activations(tokens.to(args.device))
             progress = (step - 0.5) / steps  # of the run, in the middle of this step
+            lr_factor = min(1, progress / WARM_UP, (1 - progress) / DECAY)  # up, level, down
             for trainer in trainers.values():
-                trainer.step(x, y, min(1, progress / WARM_UP, (1 - progress) / DECAY))
+                trainer.step(x, y, lr_factor)
             config["tokens_trained"] += step_tokens
 
             # At evenly spaced steps, LOG_LINES in all, log the FVU since the last time.
             if step * LOG_LINES // steps == (step - 1) * LOG_LINES // steps:
-                continue
+                continue  # not at this step
             fvu = {name: trainer.pop_fvu() for name, trainer in trainers.items()}
             if RANK > 0:
                 continue
-            now, done = time.monotonic(), config["tokens_trained"]
+            now, done = time.monotonic(), config["tokens_trained"]  # (bar.n: at the last time)
             speed = round((done - bar.n) / (now - logged_at))
             log.write(json.dumps({"tokens": done, "tokens_per_s": speed, "fvu": fvu}) + "\n")
             bar.set_postfix_str(f"FVU {min(fvu.values()):.3f} to {max(fvu.values()):.3f}")
@@ -622,14 +611,14 @@ def train(args):
                 save_run(config, coders)
                 saved_at = now
     finally:
-        # Save what was trained, whatever ended the loop. It may have been in the middle of a step.
+        # Save what was trained, whatever ended the loop.
         for number in STOP:
             signal.signal(number, signal.SIG_IGN)
         bar.close()
         finite = all(p.isfinite().all() for coder in coders.values() for p in coder.parameters())
         if RANK == 0 and config["tokens_trained"] > 0 and finite:
             for trainer in trainers.values():
-                trainer.normalize()
+                trainer.normalize()  # in case it was between Adam's step and this
             save_run(config, coders)
             last = ", ".join(f"{name} {value:.3f}" for name, value in fvu.items())
             print(f"saved after {config['tokens_trained']:,} tokens. Last FVU: {last or 'none'}")
@@ -666,8 +655,9 @@ class TopKEncoder(torch.autograd.Function):
 
         # The gradient of row j of W_enc is a weighted sum of rows of `read`: those of the tokens
         # that use latent j. So we sort the N * k pairs (token, latent) by latent; those of latent j
-        # then start at first[j]. An embedding_bag sums rows of a table. Here the table is `read`,
-        # and bag j is token[first[j] : first[j + 1]]. (The sum of an empty bag is zero.)
+        # then start at first[j]: for `latent` [0, 0, 2, 5], `first` is [0, 2, 2, 3, 3, 3]. An
+        # embedding_bag sums rows of a table. Here the table is `read`, and bag j holds the tokens
+        # token[first[j] : first[j + 1]]. (The sum of an empty bag is zero.)
         latent, order = indices.flatten().sort()
         first = torch.searchsorted(latent, torch.arange(len(W_enc), device=latent.device))  # [M]
         token = order // k  # pair i belongs to token i // k
@@ -682,9 +672,48 @@ class TopKEncoder(torch.autograd.Function):
         return grad_read, grad_W, grad_b, None
 
 
+# ---- Memory and signals ---------------------------------------------------------------------
+
+STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def keep_freed_memory():
+    """Make glibc, if it is there, keep freed memory in the process.
+
+    It would return it to the system, and to ask for it again takes a fifth of a step on a CPU.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def handle_signals():
+    """Let SIGTERM and SIGHUP (the terminal was closed) interrupt training as Ctrl-C does."""
+    for number in STOP:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup sets SIGHUP to be ignored
+            signal.signal(number, signal.default_int_handler)
+    if hasattr(signal, "SIGCHLD"):
+        # Drop the handler that DataLoader set at the first batch: if a reader is killed it raises,
+        # even in the middle of a save. (DataLoader notices a missing reader without it, too.)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 # ---- Files of a run -------------------------------------------------------------------------
 
 FILE_NAMES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}  # as in EleutherAI's sparsify
+
+
+def new_config(args, hookpoint, coders, max_norm):
+    """Return what config.json says: the flags, and what else eval.py needs."""
+    M, d = next(iter(coders.values())).W_dec.shape
+    config = vars(args) | {"hookpoint": hookpoint, "d": d, "num_latents": M}
+    config |= {"max_norm": max_norm, "tokens_trained": 0}
+    config["coders"] = {name: f"{name}/{hookpoint}" for name in coders}  # the folder of each
+    config["versions"] = {lib.__name__: lib.__version__ for lib in (torch, transformers, datasets)}
+    for key in ("model", "dataset"):
+        if Path(config[key]).exists():  # eval.py may be called from another folder
+            config[key] = Path(config[key]).resolve()
+    return config
 
 
 def save_run(config, coders):
@@ -715,8 +744,9 @@ def save_run(config, coders):
 def write(contents):
     """Write texts and tensors, by path: what is left after a crash is all old, all new, or no run.
 
-    All are written under temporary names first. Then the old file at the last path is deleted, all
-    are renamed in order. For a run the last path is config.json: without it, nothing is loaded.
+    All are written under temporary names first. Then the old file at the last path is deleted, and
+    then all are renamed, in order. For a run the last path is config.json: without it, nothing is
+    loaded.
     """
     temporary = {path: path.with_name(path.name + ".tmp") for path in contents}
     try:

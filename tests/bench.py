@@ -11,10 +11,8 @@ that eval.py reads it takes, and its peak memory. Not a test.
 """
 
 import argparse
-import ctypes
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -175,9 +173,7 @@ def start_sparsify(python: str, rows: int, device):
 
 
 def time_training(tokens_per_step: int, steps: int, sparsify: str | None, folder: Path):
-    if platform.libc_ver()[0] == "glibc":  # as in skipcoder.train
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    skipcoder.keep_freed_memory()
     device = pick_device()
     dtype = torch.bfloat16 if skipcoder.fast_bfloat16(device) else torch.float32
     rows = tokens_per_step // CTX_LEN
