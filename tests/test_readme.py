@@ -1,5 +1,6 @@
 """What the README says is so: its flags, its snippets, its commands, its files."""
 
+import importlib
 import json
 import re
 import runpy
@@ -74,3 +75,8 @@ def test_what_is_named_is_there(kind):
     assert found
     for name in found:
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("script", ["bench", "demo", "frontier", "real_lm", "skip_study"])
+def test_the_scripts_beside_the_tests_find_one_another(script):
+    importlib.import_module(script)
