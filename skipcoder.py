@@ -119,13 +119,14 @@ class Coder(nn.Module):
         An act is the value of a latent: its pre-activation, or 0 if that is negative.
         """
         read = x if self.reads == "x" else y - self.b_dec  # [N, d]
-        # F.linear(read, self.W_enc, self.b_enc).topk(self.k), with a faster backward pass:
+        # F.linear(read, self.W_enc, self.b_enc).topk(self.k), with a faster backward pass (which is
+        # in the section "The same, faster"):
         top, indices = TopKEncoder.apply(read, self.W_enc, self.b_enc, self.k)  # [N, k] each
         return top.relu(), indices
 
     def decode(self, acts, indices, x):
         """Return y_hat [N, d]: for each token the sum of its latents' W_dec rows times its acts."""
-        # The sum over k of acts[:, k] * W_dec[indices[:, k]]:
+        # The sum over i of acts[:, i, None] * W_dec[indices[:, i]], for i from 0 to k - 1:
         y_hat = F.embedding_bag(indices, self.W_dec, per_sample_weights=acts, mode="sum")
         y_hat = y_hat + self.b_dec
         if self.W_skip is not None:
@@ -166,18 +167,18 @@ class Trainer:
         """Start the coder on a first batch x, y [N, d]."""
         self.coder, self.lr = coder, lr
         coder.start(x, y)
-        self.variance = (y - y.mean(0)).square().sum()  # of the first batch, see `step`
+        self.variance = (y - y.mean(0)).square().sum()  # the denominator of the loss, see `step`
 
         # Adam changes every number by about lr per step, however large its gradient is. So we
         # multiply lr by a scale: for a bias, the size of what it is added to; for a matrix, the
         # size of its output over the size of its input. Sizes are standard deviations of single
-        # entries: s_x of x, s_y of y, s_z of pre-activations. (This is a rule of thumb, which was
-        # measured, not derived: how many entries a matrix adds up plays no role in it.)
+        # entries: s_x of x, s_y of y, s_z of pre-activations. (A rule of thumb, measured, not
+        # derived: it ignores how many entries a matrix adds up.)
         s_x, s_y = (a.var(0, correction=0).mean().sqrt().item() for a in (x, y))
         if not math.isfinite(s_x + s_y):
             sys.exit("error: --model: the MLP's input or output is not finite")
-        # A row of W_enc has length 1 at first, so a pre-activation varies as much as one entry of
-        # what it reads.
+        # A row of W_enc is a random direction of length 1 at first, so on average a pre-activation
+        # varies as much as one entry of what it reads.
         s_z = s_x if coder.reads == "x" else s_y
         scale = {
             "W_enc": 1,  # maps what is read to pre-activations of the same size
@@ -200,8 +201,8 @@ class Trainer:
         with fast_matmuls(x.device):
             y_hat, _, _ = coder(x, y)
 
-        # 2. The loss is the FVU, with a fixed denominator: the variance of the first batch, which
-        #    all processes share. So an error counts the same in every step and every process.
+        # 2. The loss is the FVU, with a fixed denominator: the variance of the first batch (which
+        #    `train` gives to all processes). So an error counts the same in every step and process.
         squared_error = (y - y_hat).square().sum()
         loss = squared_error / self.variance
         self.optimizer.zero_grad()
@@ -215,8 +216,9 @@ class Trainer:
                 if parameter.requires_grad:  # (you may have frozen one)
                     torch.distributed.all_reduce(parameter.grad)
 
-        # 4. Update the parameters. The autoencoder's W_dec rows stay on the unit sphere: make
-        #    their gradient tangent to it before the step, and their length 1 after it.
+        # 4. Update the parameters. The autoencoder's W_dec rows keep length 1, as is usual, so an
+        #    act is the length of what its latent writes. `normalize` would undo the radial part of
+        #    a step, so take it out of the gradient, or else it would fill Adam's averages.
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * lr_factor * group["scale"]
         if coder.unit_rows:
@@ -248,6 +250,7 @@ class Trainer:
 
 # ---- Errors of users ------------------------------------------------------------------------
 
+# (eval.py uses these two, too. There the model comes from config.json.)
 MODEL_HINT = "pass a name on the hub, or a local folder; for a run, edit its config.json"
 DATA_HINT = (
     "pass a name on the hub, or a file or folder of .parquet, .jsonl or .txt, compressed or not."
@@ -264,14 +267,14 @@ class DataError(Exception):
 def exit_on_error(flag, hint, errors=LIBRARY_ERRORS):
     """Turn what a library raises for bad input into one line on stderr, and end the program.
 
-    Use it around calls of libraries, or for DataError: an error in our own code must stay a
-    traceback.
+    Use it around calls of libraries only, or with errors=DataError. An error in our own code must
+    stay a traceback.
     """
     try:
         yield
     except errors as error:
-        # If a reader process raised it, DataLoader has put its traceback before the message, which
-        # then follows the words "DataError: ".
+        # DataLoader puts the traceback of a reader process before the message: keep what follows
+        # the last "DataError: ".
         message = str(error).split("DataError: ")[-1] or type(error).__name__
         sys.exit(f"error: {flag}: {' '.join(message.split())} ({hint})")
 
@@ -313,9 +316,10 @@ def find_mlp(lm, layer: int):
 class MLPActivations:
     """Call it with tokens [rows, ctx_len] to get x and y of the MLP, [N, d] each.
 
-    Position 0 of each row is left out. LMs park attention there, and its huge activations say
-    nothing about the text. Some LMs do the same on a few other tokens. Such outliers, with |y| over
-    `max_norm`, are left out, too. If `max_norm` is not given, the first call sets it.
+    Position 0 of each row is left out: LMs park attention there (an attention sink), and its huge
+    activations say nothing about the text. Some LMs do the same on a few other tokens. Such
+    outliers, with |y| over `max_norm`, are left out, too. If `max_norm` is not given, the first
+    call sets it.
     """
 
     def __init__(self, lm, mlp, max_norm=None):
@@ -384,8 +388,8 @@ FORMATS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_txt}
 
 def file_format(path):
     """Return ".jsonl" for words.jsonl and for words.jsonl.gz."""
-    # (Not .zip: fsspec would read the first of its files only.)
-    compressed = path.suffix[1:].lower() in fsspec.utils.compressions.keys() - {"zip"}
+    endings = fsspec.utils.compressions.keys() - {"zip"}  # (of a .zip fsspec reads one file only)
+    compressed = path.suffix[1:].lower() in endings
     return Path(path.stem if compressed else path.name).suffix.lower()
 
 
@@ -411,8 +415,8 @@ def find_sources(dataset, subset):
 def read_source(source):
     """Yield the text of each document of a file or a shard, or None if it has none."""
     if isinstance(source, datasets.IterableDataset):
-        # (`for record in source` would notice that it runs in a reader, and yield only that one's
-        # part. But the shards are divided among readers already, see `token_rows`.)
+        # (Not `for record in source`: in a reader process, `datasets` would divide the shard among
+        # the readers, who have divided the shards already.)
         for batch in source.iter(100):
             yield from batch["text"]
     else:
@@ -482,22 +486,21 @@ def token_rows(sources, tokenizer, ctx_len, batch_size, held_out, seed):
     """Yield the rows that reader processes pack, shuffled and for ever if there is a seed."""
     endless = seed is not None
     if endless:
-        sources = random.Random(seed).sample(sources, len(sources))
+        sources = random.Random(seed).sample(sources, len(sources))  # a shuffled copy
 
     # Divide the sources into groups, one for each reader of each process: 8 files make 4 groups for
-    # 2 processes of 2 readers. `datasets` then divides the groups twice: among processes, and those
-    # of a process among its readers. (A group is packed as one text, since a file may be shorter
-    # than a row. The number of readers is fixed, so that no run depends on the number of cores.)
+    # 2 processes of 2 readers. (A group is packed as one text, since a file may be shorter than a
+    # row. The number of readers is fixed, so that no run depends on the number of cores.)
     readers = max(1, min(READERS, len(sources) // WORLD))
     num_groups = min(readers * WORLD, len(sources))
     groups = [sources[i::num_groups] for i in range(num_groups)]
-    # If an argument of the generator is a list, `datasets` divides it.
+    # If an argument of the generator is a list, `datasets` divides it among the readers.
     kwargs = {"groups": groups, "held_out": held_out, "tokenizer": tokenizer, "ctx_len": ctx_len}
     stream = datasets.IterableDataset.from_generator(pack_groups, gen_kwargs=kwargs)
     if endless:
         stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
-        # Each process gets its own groups. If there are fewer groups than processes, this lets each
-        # process read all of them instead, and keep one row in WORLD.
+        # Each process gets its own groups. Or, if there are fewer groups than processes, each reads
+        # all groups, and keeps one row in WORLD.
         stream = datasets.distributed.split_dataset_by_node(stream, RANK, WORLD)
     # Rows come from a reader in batches, since one by one is slow.
     options = {"batch_size": batch_size, "prefetch_factor": 16, "persistent_workers": endless}
@@ -556,8 +559,7 @@ def train(args):
     rows = args.batch_size // WORLD  # in a batch of this process
     batches = token_batches(sources, tokenizer, args.ctx_len, rows, seed=args.seed)
 
-    # The first batch sets where the coders start, in all processes alike. (So it is not trained on:
-    # it would count once for each process.)
+    # The first batch sets where the coders start. (Not trained on, since all processes get it.)
     tokens = next(batches).to(args.device)
     if WORLD > 1:
         torch.distributed.broadcast(tokens, 0)
@@ -582,7 +584,7 @@ def train(args):
         print(f"{steps:,} steps of {step_tokens:,} tokens, lr {args.lr:.2g}")
 
     # The training loop.
-    handle_signals()  # now, as the first batch has set a handler, too
+    handle_signals()
     bar = tqdm(total=steps * step_tokens, unit="tok", unit_scale=True, disable=RANK > 0)
     fvu, logged_at, saved_at = {}, time.monotonic(), time.monotonic()
     try:
@@ -595,17 +597,19 @@ def train(args):
                 trainer.step(x, y, lr_factor)
             config["tokens_trained"] += step_tokens
 
-            # At evenly spaced steps, LOG_LINES in all, log the FVU since the last time.
+            # Log the FVU since the last time, at LOG_LINES evenly spaced steps: those at which the
+            # rounded-down number of lines that are due rises.
             if step * LOG_LINES // steps == (step - 1) * LOG_LINES // steps:
-                continue  # not at this step
+                continue
             fvu = {name: trainer.pop_fvu() for name, trainer in trainers.items()}
             if RANK > 0:
                 continue
-            now, done = time.monotonic(), config["tokens_trained"]  # (bar.n: at the last time)
-            speed = round((done - bar.n) / (now - logged_at))
+            now, done = time.monotonic(), config["tokens_trained"]
+            new = done - bar.n  # tokens since the last time, as the bar moves only here
+            speed = round(new / (now - logged_at))
             log.write(json.dumps({"tokens": done, "tokens_per_s": speed, "fvu": fvu}) + "\n")
             bar.set_postfix_str(f"FVU {min(fvu.values()):.3f} to {max(fvu.values()):.3f}")
-            bar.update(done - bar.n)
+            bar.update(new)
             logged_at = now
             if now > saved_at + SAVE_EVERY:
                 save_run(config, coders)
@@ -614,11 +618,15 @@ def train(args):
         # Save what was trained, whatever ended the loop.
         for number in STOP:
             signal.signal(number, signal.SIG_IGN)
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(
+                signal.SIGCHLD, signal.SIG_DFL
+            )  # DataLoader's raises if a reader is killed
         bar.close()
         finite = all(p.isfinite().all() for coder in coders.values() for p in coder.parameters())
         if RANK == 0 and config["tokens_trained"] > 0 and finite:
             for trainer in trainers.values():
-                trainer.normalize()  # in case it was between Adam's step and this
+                trainer.normalize()  # in case the loop ended within a step
             save_run(config, coders)
             last = ", ".join(f"{name} {value:.3f}" for name, value in fvu.items())
             print(f"saved after {config['tokens_trained']:,} tokens. Last FVU: {last or 'none'}")
@@ -655,7 +663,7 @@ class TopKEncoder(torch.autograd.Function):
 
         # The gradient of row j of W_enc is a weighted sum of rows of `read`: those of the tokens
         # that use latent j. So we sort the N * k pairs (token, latent) by latent; those of latent j
-        # then start at first[j]: for `latent` [0, 0, 2, 5], `first` is [0, 2, 2, 3, 3, 3]. An
+        # then start at first[j]: if M is 6 and `latent` [0, 0, 2, 5], it is [0, 2, 2, 3, 3, 3]. An
         # embedding_bag sums rows of a table. Here the table is `read`, and bag j holds the tokens
         # token[first[j] : first[j + 1]]. (The sum of an empty bag is zero.)
         latent, order = indices.flatten().sort()
@@ -692,10 +700,6 @@ def handle_signals():
     for number in STOP:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup sets SIGHUP to be ignored
             signal.signal(number, signal.default_int_handler)
-    if hasattr(signal, "SIGCHLD"):
-        # Drop the handler that DataLoader set at the first batch: if a reader is killed it raises,
-        # even in the middle of a save. (DataLoader notices a missing reader without it, too.)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 # ---- Files of a run -------------------------------------------------------------------------
@@ -727,7 +731,7 @@ def save_run(config, coders):
             "normalize_decoder": spec.unit_rows,
             "num_latents": config["num_latents"],
             "k": coder.k,
-            "multi_topk": False,
+            "multi_topk": False,  # an option of sparsify's
             "skip_connection": spec.skip,
             "transcode": spec.reads == "x",
             "d_in": config["d"],
@@ -742,11 +746,11 @@ def save_run(config, coders):
 
 
 def write(contents):
-    """Write texts and tensors, by path: what is left after a crash is all old, all new, or no run.
+    """Write texts and tensors, by path.
 
     All are written under temporary names first. Then the old file at the last path is deleted, and
-    then all are renamed, in order. For a run the last path is config.json: without it, nothing is
-    loaded.
+    then all are renamed, in order. For a run the last path is config.json, without which nothing is
+    loaded. So what a crash leaves is all old, all new, or no run.
     """
     temporary = {path: path.with_name(path.name + ".tmp") for path in contents}
     try:
@@ -823,7 +827,7 @@ def parse(parser):
     args.tokens = math.ceil(args.tokens)
     if args.dataset == "HuggingFaceFW/fineweb":
         args.subset = args.subset or "sample-10BT"
-    sys.stdout.reconfigure(errors="replace")  # a console without "±" prints "?"
+    sys.stdout.reconfigure(errors="replace")  # "?" for what a console cannot print
     return args
 
 
