@@ -20,15 +20,18 @@ its last layer there, after the final norm, are alike.
                   odd one out. Score: the share of right guesses, .2 by chance
     one word      the same, but all five places have the same token, so that only the text before
                   that token can tell
-    detection     given ten places of the first half of the text where the latent is strongest,
-                  tell places of the second half at which it is active from those at which it is
-                  silent. Score: the area under the ROC curve, .5 by chance
+    detection     the ten places of the first half of the text at which the latent is strongest
+                  are examples. Tell places of the second half at which it is active from those at
+                  which it is silent. Score: the area under the ROC curve, .5 by chance
+
+In the JSON file, "intruder_token" and "detection_lookup" are the first and the last of them by a
+judge that sees the token alone.
 
 Baselines give these numbers a scale. FVU, CE and KL:
 
     affine        the best affine map from x to y: how far one gets without latents
     token         the mean of y for the token, which needs no context at all
-    mean, zero    the mean of all y, and nothing (only their CE, in the JSON file)
+    mean, zero    the mean of all y, and nothing (only their CE, below the table)
 
 The scores:
 
@@ -77,7 +80,6 @@ class PatchedLM:
     """The LM with hooks on one MLP. A call sets self.x, y, neurons and hidden, [rows, T, width].
 
     Unlike skipcoder.MLPActivations it keeps all positions, and it can replace the MLP's output.
-    (The refusals of MLPActivations are not repeated: no run exists for what it refuses.)
     """
 
     def __init__(self, lm, layer):
@@ -112,7 +114,7 @@ class PatchedLM:
     def __call__(self, tokens, y_hat=None, positions=slice(1, -1)):
         """Return log-probabilities of the next tokens, [rows, number of positions, vocabulary].
 
-        If y_hat [rows, T, d] is given, it replaces the MLP's output. With no positions, slice(0),
+        If y_hat [rows, T, d] is given, it replaces the MLP's output. With slice(0), which is empty,
         nothing is predicted, but x, y, neurons and hidden are set.
         """
         self.y_hat, self.positions = y_hat, positions
@@ -164,7 +166,8 @@ def mean_over_rows(sums, numbers):
     error.
     """
     mean = (sums.sum() / numbers.sum()).item()
-    return mean, mean_and_error((sums - mean * numbers) / numbers.mean())[1]
+    _, error = mean_and_error((sums - mean * numbers) / numbers.mean())
+    return mean, error
 
 
 # ---- First stage: baselines from training text ----------------------------------------------
@@ -190,7 +193,8 @@ class Baselines:
     """
 
     def __init__(self, patched, batches, d, max_norm, device):
-        # Tokens that occur get the numbers 1, 2, ... All others share number 0.
+        # Tokens that occur get the numbers 1, 2, ... All others share number 0. (A table with a row
+        # for each token of the vocabulary would be large, and nearly empty.)
         occurring = torch.cat(batches).unique().to(device)
         self.number_of = torch.zeros(len(patched.weight), dtype=torch.int64, device=device)
         self.number_of[occurring] = torch.arange(1, len(occurring) + 1, device=device)
@@ -245,9 +249,9 @@ class Sample:
         self.counted = []  # bool [rows, T]: which of all tokens count
         self.hidden = []  # [n, d]: the LM's last hidden states at places
         self.active = defaultdict(list)  # (place, latent, act) of all active latents
-        self.y, self.y_all = Moments(), Moments()  # of places, of places and outliers
+        self.y = Moments()  # of places
+        self.y_all = Moments()  # of places and outliers, to report how much outliers are
         self.errors = defaultdict(float)  # sum |y - y_hat|^2 over places
-        self.errors_all = defaultdict(float)  # the same over places and outliers
         # Only of batches with predictions, [rows] each:
         self.num_predictions = []  # those that count in each row
         self.ce, self.kl = defaultdict(list), defaultdict(list)  # sums over these predictions
@@ -266,7 +270,8 @@ def read_held_out(patched, batches, coders, untrained, baselines, k, max_norm):
     """Run the LM, the coders and the baselines on batches of tokens, and return a Sample."""
     sample, device = Sample(), baselines.y_mean.device
     rows, T = batches[0].shape
-    # CE and KL are taken from every n-th batch, n as large as leaves CE_TOKENS and two batches.
+    # CE and KL are taken from every n-th batch. n is the largest that leaves CE_TOKENS, and two
+    # batches for a standard error.
     every = len(batches) * rows * (T - 2) // CE_TOKENS
     every = max(1, min(every, len(batches) // 2))
     width = max(1, LOGITS // len(patched.weight) // rows)  # positions predicted at a time
@@ -278,7 +283,7 @@ def read_held_out(patched, batches, coders, untrained, baselines, k, max_norm):
         y_rows = patched.y  # [rows, T, d]
         x, y = patched.x[:, 1:].flatten(0, 1), y_rows[:, 1:].flatten(0, 1)  # [rows * (T - 1), d]
         counted = counted_tokens(y_rows, max_norm)  # [rows, T]
-        inlier = counted[:, 1:].flatten()  # the same, for x and y: [rows * (T - 1)]
+        inlier = counted[:, 1:].flatten()  # counted, flattened as x and y are: [rows * (T - 1)]
         first_place = sample.y.number  # the number of tokens counted so far
         sample.counted.append(counted.cpu())
         sample.hidden.append(patched.hidden[counted].bfloat16().cpu())
@@ -290,7 +295,7 @@ def read_held_out(patched, batches, coders, untrained, baselines, k, max_norm):
             entries = {name: coder.encode(x, y) for name, coder in untrained.items()}
         entries |= {name: (acts, indices) for name, (_, acts, indices) in coded.items()}
         neurons = patched.neurons[:, 1:].flatten(0, 1)  # [rows * (T - 1), number of neurons]
-        # Acts and indices. (Of these, as of latents, only acts above 0 will count as active.)
+        # Acts and indices. (As with latents, only acts above 0 will count as active.)
         entries["neurons"] = neurons.topk(min(k, neurons.shape[1]))
         for name, (acts, indices) in entries.items():
             active = active_entries(acts[inlier], indices[inlier], first_place)
@@ -303,9 +308,7 @@ def read_held_out(patched, batches, coders, untrained, baselines, k, max_norm):
         y_hats = {name: y_hat for name, (y_hat, _, _) in coded.items()}
         y_hats |= baselines.predict(x, tokens[:, 1:].flatten())
         for name, y_hat in y_hats.items():
-            error = (y - y_hat).square().sum(1)
-            sample.errors[name] += error[inlier].sum().item()
-            sample.errors_all[name] += error.sum().item()
+            sample.errors[name] += (y - y_hat)[inlier].square().sum().item()
 
         # Predictions of the LM with each y_hat in the MLP's place, against the clean ones.
         if batch_number % every:
@@ -314,6 +317,7 @@ def read_held_out(patched, batches, coders, untrained, baselines, k, max_norm):
         for name, y_hat in y_hats.items():
             outputs[name] = y_rows.clone()
             outputs[name][counted] = y_hat[inlier]
+        # Some positions at a time, since all logits may not fit. (Each time the LM runs anew.)
         sums = {name: torch.zeros(2, len(tokens), dtype=torch.float64) for name in outputs}
         for start in range(1, T - 1, width):
             end = min(start + width, T - 1)
@@ -327,7 +331,7 @@ def read_held_out(patched, batches, coders, untrained, baselines, k, max_norm):
                 kl = torch.linalg.vecdot(p, log_p - log_q)
                 sums[name] += (torch.stack([ce, kl]).cpu().double() * predicted).sum(-1)
         sample.num_predictions.append(counted[:, 1:-1].sum(1).cpu())
-        for name, (ce, kl) in sums.items():
+        for name, (ce, kl) in sums.items():  # [rows] each
             sample.ce[name].append(ce)
             sample.kl[name].append(kl)
     return sample
@@ -342,7 +346,6 @@ def losses(sample, name):
     kl, kl_se = mean_over_rows(torch.cat(sample.kl[name]), numbers)
     return {
         "fvu": sample.errors[name] / sample.y.variance(),
-        "fvu_all": sample.errors_all[name] / sample.y_all.variance(),
         "ce": mean_over_rows(ce, numbers)[0],
         "ce_increase": increase,
         "ce_increase_se": increase_se,
@@ -409,7 +412,7 @@ def intruder_trials(active, silent, generator):
     (Paulo & Belrose 2025, arXiv 2507.08473.) `active` is sorted by act. Trial t draws from its
     fifth t mod 5, of which 0 has the largest acts.
     """
-    fifths = active.tensor_split(FIFTHS) * (TRIALS // FIFTHS)  # a tuple, each fifth twice
+    fifths = (TRIALS // FIFTHS) * active.tensor_split(FIFTHS)  # a tuple with each fifth twice
     shown = torch.stack([draw(fifth, SHOWN, generator) for fifth in fifths])
     intruders = silent[torch.randint(len(silent), (TRIALS, 1), generator=generator)]
     return torch.cat([shown, intruders], dim=1)
@@ -437,7 +440,7 @@ def found(states):
     """Return the share of intruders found in trials of unit vectors [10, 5, d].
 
     The guess is the place with the smallest sum of cosine similarities to all five. If there is a
-    tie, the trial counts in part.
+    tie, as when a judge sees equal tokens, the trial counts in part.
     """
     sums = (states @ states.mT).sum(-1)  # [10, 5]
     guesses = sums < sums.min(-1, keepdim=True).values + 1e-5
@@ -463,7 +466,8 @@ def detect(active, silent, contexts, generator):
         detection_lookup  AUROC if ranked by how often the latent was active on the place's word
         detection_tpr     the share of active places found, in each fifth of acts, at the threshold
                           that 5% of the silent places of the first half pass
-        detection_fpr     the share of silent places that rank above the median active one
+        detection_fpr     the share of silent places that rank above the median active one: false
+                          positives if half of the active places are to be found
 
     or None if a half has fewer than ten active places, or silent ones.
     """
@@ -521,7 +525,8 @@ def score(active_tokens, contexts, wanted, seed):
     row["intruder_sd"] = None
     if len(judged) > 1:
         # How much latents differ: the spread of their scores, without the noise of ten trials. If
-        # s is the share of right guesses, s (1 - s) / 9 estimates the variance of that noise.
+        # s is the share of right guesses, s (1 - s) / 9 estimates the variance of that noise. (By
+        # 9, not 10, since s itself is an estimate.)
         s = torch.tensor([scores["intruder"] for scores in judged])
         noise = (s * (1 - s)).mean() / (TRIALS - 1)
         row["intruder_sd"] = (s.var() - noise).clamp(min=0).sqrt().item()
@@ -541,7 +546,6 @@ def evaluate(config, coders, args):
 
     lm = skipcoder.load_lm(config["model"], device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(config["model"])
-    patched = PatchedLM(lm, config["layer"])
     d = lm.config.get_text_config().hidden_size
     for name, coder in coders.items():
         if len(coder.b_dec) != d:
@@ -557,9 +561,14 @@ def evaluate(config, coders, args):
     if sum(map(len, batches["held-out"])) < 2:
         sys.exit(f"error: --tokens {args.tokens}: fewer than two rows of {ctx_len} held-out tokens")
     trained_on = sum(map(len, batches["training"])) * (ctx_len - 1)
-    enough = trained_on > 100 * d  # a small data set may have less than is wanted
+    enough_training = trained_on > 100 * d  # a small data set may have less than is wanted
+
+    # The run may come from another library: exit if its MLP is of a kind that our training refuses.
+    _, _, mlp = skipcoder.find_mlp(lm, config["layer"])
+    skipcoder.MLPActivations(lm, mlp, max_norm)(batches["held-out"][0].to(device))
 
     # First stage: baselines. Neurons and untrained coders have the k of the coder of median k.
+    patched = PatchedLM(lm, config["layer"])
     baselines = Baselines(patched, batches["training"], d, max_norm, device)
     reference = sorted(coders.values(), key=lambda coder: coder.k)[len(coders) // 2]
     M, k = len(reference.W_dec), reference.k
@@ -580,7 +589,7 @@ def evaluate(config, coders, args):
 
     # Third stage: the scores, also of latents that are active at random places.
     generator = torch.Generator().manual_seed(args.seed)
-    size = min(n, max(2 * MIN_ACTIVE, n // 200))  # places of such a latent: enough for all scores
+    size = min(n, max(2 * MIN_ACTIVE, n // 200))  # places of such a latent, enough for all scores
     places = [torch.randperm(n, generator=generator)[:size] for _ in range(args.latents)]
     latents = torch.arange(args.latents).repeat_interleave(size)
     acts = torch.rand(len(latents), generator=generator)
@@ -611,12 +620,14 @@ def evaluate(config, coders, args):
         count = active[name].count
         row = {"arch": coder.arch, "k": coder.k, "num_latents": len(count)}
         row |= {"l0": count.sum().item() / n, "dead": (count == 0).double().mean().item()}
-        row |= losses(sample, name) | score_rows.pop(name)
-        if not enough:  # the mean of y, to which this compares, is one of the baselines
+        row |= losses(sample, name) | score_rows[name]
+        if not enough_training:  # it compares with the mean of y, which is rough then
             row["ce_recovered"] = None
         report["coders"][name] = row
-    fitted = {name: losses(sample, name) if enough else None for name in ("affine", "token")}
-    report["baselines"] = fitted | score_rows  # of neurons, untrained coders and null
+    report["baselines"] = {
+        name: losses(sample, name) if enough_training else None for name in ("affine", "token")
+    }
+    report["baselines"] |= {name: row for name, row in score_rows.items() if name not in coders}
     where = counted.flatten().nonzero().flatten()  # [n], where each place is in tokens.flatten()
     shown = {name: (active[name], judged[name]) for name in (*coders, "neurons")}
     return report, (tokens, where, shown, tokenizer)
@@ -649,7 +660,7 @@ def table(report):
     columns = [["", *rows]]
     for key, (heading, digits) in COLUMNS.items():
         errors = [row.get(f"{key}_se") or 0 for row in rows.values()]
-        if max(errors) > 0:  # two digits of the largest error (.0123: 3), and no more than five
+        if max(errors) > 0:  # two digits of the largest error (.0123: .012), and no more than five
             digits = min(5, 1 - math.floor(math.log10(max(errors))))
         cells = [heading]
         for row, error in zip(rows.values(), errors):
@@ -687,7 +698,7 @@ def remarks(report):
         )
     if report["baselines"]["affine"] is None:
         lines.append(f"Only {run['baselines_tokens']:,} training tokens: no affine and token map.")
-    if report["tokens"] < MIN_ACTIVE / MIN_SHARE:  # then 40 places are more than 1 in 2,500
+    if report["tokens"] < MIN_ACTIVE / MIN_SHARE:  # 100,000
         lines.append(f"Few tokens: only latents active at {MIN_ACTIVE} places or more have scores.")
     return lines
 
@@ -725,9 +736,8 @@ def context(tokenizer, row, peak, acts):
     shown = []
     for i, text in enumerate(texts, start):
         tag = "b" if i == peak else "span"
-        shown.append(f'<{tag} style="--act:{acts[i]:.2f}">{html.escape(text)}</{tag}>')
-        if acts[i] == 0:
-            shown[-1] = html.escape(text)
+        shaded = f'<{tag} style="--act:{acts[i]:.2f}">{html.escape(text)}</{tag}>'
+        shown.append(shaded if acts[i] > 0 else html.escape(text))
     return "".join(shown[: peak - start]), "".join(shown[peak - start :])
 
 
@@ -737,6 +747,7 @@ def latent_on_page(scores, active, tokens, where, tokenizer):
     active: the ActiveTokens of its coder. For the rest see `page`.
     """
     at, acts = where[active.places[scores["latent"]]], active.acts[scores["latent"]]
+    # Its act at each token of all rows, relative to the largest.
     relative = torch.zeros(tokens.shape).flatten().index_copy_(0, at, acts / acts[0])
     n, numbers = len(at), [f"active on {len(at) / len(where):.2%} of tokens"]
     numbers += [f"{COLUMNS[key][0]} {scores[key]:.2f}" for key in SCORES if key in scores]
