@@ -71,7 +71,7 @@ import skipcoder
 from skipcoder import Coder
 
 CE_TOKENS = 20_000  # CE and KL use only about so many tokens, as each coder needs a pass of the LM
-LOGITS = 2**26  # most logits computed at a time, 256 MB for each copy of them
+LOGITS = 2**26  # as many are computed at a time, 256 MB for each copy, or those of one row
 
 # ---- The LM, with and without something in the MLP's place ----------------------------------
 
@@ -119,7 +119,7 @@ class PatchedLM:
         """
         self.y_hat, self.positions = y_hat, positions
         log_p = self.lm(tokens, use_cache=False).logits.log_softmax(-1)
-        if not (self.hidden.isfinite().all() and log_p.isfinite().all()):
+        if not (self.hidden.sum() + log_p.sum()).isfinite():  # of a sum, as that is fastest
             sys.exit("error: --model: its hidden states or predictions are not finite")
         return log_p
 
@@ -252,7 +252,7 @@ class Sample:
         self.y = Moments()  # of places
         self.y_all = Moments()  # of places and outliers, to report how much outliers are
         self.errors = defaultdict(float)  # sum |y - y_hat|^2 over places
-        # Only of batches with predictions, [rows] each:
+        # Only of batches with predictions, and of a few rows at a time, [rows] each:
         self.num_predictions = []  # those that count in each row
         self.ce, self.kl = defaultdict(list), defaultdict(list)  # sums over these predictions
 
@@ -274,7 +274,7 @@ def read_held_out(patched, batches, coders, untrained, baselines, k, max_norm):
     # batches for a standard error.
     every = len(batches) * rows * (T - 2) // CE_TOKENS
     every = max(1, min(every, len(batches) // 2))
-    width = max(1, LOGITS // len(patched.weight) // rows)  # positions predicted at a time
+    rows_at_once = max(1, LOGITS // len(patched.weight) // T)
 
     for batch_number, tokens in enumerate(tqdm(batches, "held-out text", leave=False)):
         # The clean LM. Position 0 never counts, so x and y are without it.
@@ -317,23 +317,17 @@ def read_held_out(patched, batches, coders, untrained, baselines, k, max_norm):
         for name, y_hat in y_hats.items():
             outputs[name] = y_rows.clone()
             outputs[name][counted] = y_hat[inlier]
-        # Some positions at a time, since all logits may not fit. (Each time the LM runs anew.)
-        sums = {name: torch.zeros(2, len(tokens), dtype=torch.float64) for name in outputs}
-        for start in range(1, T - 1, width):
-            end = min(start + width, T - 1)
-            predicted = counted[:, start:end].cpu()
-            following = tokens[:, start + 1 : end + 1, None]
-            log_p = patched(tokens, positions=slice(start, end))
+        for part in torch.arange(len(tokens)).split(rows_at_once):
+            predicted = counted[part, 1:-1].cpu()
+            sample.num_predictions.append(predicted.sum(1))
+            log_p = patched(tokens[part])  # [rows of this part, T - 2, vocabulary]
             p = log_p.exp()
             for name, output in outputs.items():
-                log_q = log_p if output is None else patched(tokens, output, slice(start, end))
-                ce = -log_q.gather(-1, following)[..., 0]
+                log_q = log_p if output is None else patched(tokens[part], output[part])
+                ce = -log_q.gather(-1, tokens[part, 2:, None])[..., 0]
                 kl = torch.linalg.vecdot(p, log_p - log_q)
-                sums[name] += (torch.stack([ce, kl]).cpu().double() * predicted).sum(-1)
-        sample.num_predictions.append(counted[:, 1:-1].sum(1).cpu())
-        for name, (ce, kl) in sums.items():  # [rows] each
-            sample.ce[name].append(ce)
-            sample.kl[name].append(kl)
+                sample.ce[name].append((ce.cpu().double() * predicted).sum(1))
+                sample.kl[name].append((kl.cpu().double() * predicted).sum(1))
     return sample
 
 
