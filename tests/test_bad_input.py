@@ -188,20 +188,6 @@ def test_the_default_data_set_offline(capfd, tiny, tmp_path):
 
 
 @pytest.fixture
-def broken_model(tiny, tmp_path):
-    """A function that writes the tiny LM with one number of its weights replaced."""
-
-    def broken_model(name, value, at=5):
-        lm = transformers.AutoModelForCausalLM.from_pretrained(tiny)
-        lm.get_parameter(name).data.view(-1)[at] = value
-        folder = shutil.copytree(tiny, tmp_path / "broken")
-        lm.save_pretrained(folder)
-        return folder
-
-    return broken_model
-
-
-@pytest.fixture
 def keeps_the_old_run(capfd, trained, tiny, tmp_path):
     """A function that trains with --overwrite, fails, and has the old run's files as they were."""
 
