@@ -278,14 +278,13 @@ def variance(a) -> float:
 
 def spies(patch):
     """Keep how read_held_out and Contexts are called, and the Sample that an evaluation collects."""
-    functions = [
-        mock.Mock(wraps=function) for function in (evaluation.read_held_out, evaluation.Contexts)
-    ]
-    patch.setattr(evaluation, "read_held_out", functions[0])
-    patch.setattr(evaluation, "Contexts", functions[1])
+    read, contexts = evaluation.read_held_out, evaluation.Contexts
+    read, contexts = mock.Mock(wraps=read), mock.Mock(wraps=contexts)
+    patch.setattr(evaluation, "read_held_out", read)
+    patch.setattr(evaluation, "Contexts", contexts)
     sample = evaluation.Sample()
     patch.setattr(evaluation, "Sample", lambda: sample)
-    return *functions, sample
+    return read, contexts, sample
 
 
 @pytest.fixture(scope="module")
