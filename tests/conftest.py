@@ -125,6 +125,12 @@ def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def contents(folder) -> dict:
+    """Return the content of all files but the log, which is opened as training begins."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: path.read_bytes() for path in files if path.name != "log.jsonl"}
+
+
 def change_json(path, remove=(), **changes):
     """Set keys of a JSON file, and remove others."""
     content = read_json(path) | changes

@@ -48,13 +48,8 @@ def sizes_of_parameters(arch, x, y) -> dict:
     """Return the units of the learning rate."""
     s_x, s_y = deviation(x), deviation(y)
     s_z = s_y if arch == "sae" else s_x
-    return {
-        "W_enc": 1,
-        "b_enc": s_z,
-        "W_dec": s_y / s_z,
-        "b_dec": s_y,
-        "W_skip": s_y / s_x,
-    }
+    of_biases = {"b_enc": s_z, "b_dec": s_y}
+    return of_biases | {"W_enc": 1, "W_dec": s_y / s_z, "W_skip": s_y / s_x}
 
 
 def dense_forward(coder: Coder, x, y, k: int = k):
@@ -208,6 +203,23 @@ def test_pop_fvu_is_of_all_tokens_since_the_last_call(device):
             total += variance(y)
             trainer.step(x, y, 1)
         assert trainer.pop_fvu() == pytest.approx(error / total, rel=1e-4)
+
+
+def test_a_step_of_two_processes_is_that_of_one_with_their_rows(monkeypatch, device):
+    """Gradients are added up over processes, and so are the sums of which the FVU is made."""
+    x, y = (a.double() for a in make_data(device))
+    new = [Trainer(Coder("sae", d, M, k).double().to(device), x, y, 0.01) for _ in range(3)]
+    first, second, both = new
+    both.step(x, y, 1)
+    second.step(x[900:], y[900:], 1)
+    of_second = [*(p.grad for p in second.coder.parameters()), second.sums.clone()]
+    monkeypatch.setattr(skipcoder, "WORLD", 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda a: a.add_(of_second.pop(0)))
+    first.step(x[:900], y[:900], 1)
+    for p, q in zip(first.coder.parameters(), both.coder.parameters()):
+        assert_close(p, q)
+    error, variance = (first.sums + second.sums).tolist()
+    assert first.pop_fvu() == pytest.approx(error / variance)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
