@@ -161,14 +161,6 @@ def test_start(arch, device):
         assert_close(y_hat, y.mean(0).expand_as(y))
 
 
-def test_a_seed_is_a_start():
-    """All architectures start with one W_enc. Another seed gives another."""
-    first = Coder("sae", d, M, k, seed=1).W_enc
-    for arch in ARCHS:
-        assert torch.equal(Coder(arch, d, M, k, seed=1).W_enc, first)
-        assert not torch.equal(Coder(arch, d, M, k, seed=2).W_enc, first)
-
-
 def test_training_lowers_the_loss_whatever_the_scale(device):
     reached = {}
     for scale in ((1, 1), (1000, 0.1)):
@@ -220,26 +212,6 @@ def test_a_step_of_two_processes_is_that_of_one_with_their_rows(monkeypatch, dev
         assert_close(p, q)
     error, variance = (first.sums + second.sums).tolist()
     assert first.pop_fvu() == pytest.approx(error / variance)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_is_told_in_one_line(value, device):
-    """At the start and where the FVU is taken: of x or y it names the model, else --lr."""
-    x, y = make_data(device)
-    for i in (0, 1):
-        broken = [x.clone(), y.clone()]
-        broken[i][3, 2] = value
-        with pytest.raises(SystemExit, match="^error: --model: .* not finite"):
-            new_trainer("transcoder", *broken)
-    trainer = new_trainer("transcoder", x, y)
-    trainer.step(*broken, 0)
-    with pytest.raises(SystemExit, match="^error: --model: .* not finite"):
-        trainer.pop_fvu()
-    trainer = new_trainer("transcoder", x, y, lr=0.5)
-    trainer.coder.b_dec.data[0] = value
-    trainer.step(x, y, 0)
-    with pytest.raises(SystemExit, match="^error: --lr 0.5: the loss is not finite"):
-        trainer.pop_fvu()
 
 
 @EVERY_ARCH

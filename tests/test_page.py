@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import change_json, read_json, run_here, write_jsonl
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import eval as evaluation
 from skipcoder import ARCHS
@@ -189,23 +189,17 @@ def test_tokens_that_are_markup(act):
         assert plain == "".join(html.escape(word) for word in words)
 
 
-def test_a_page_of_many_latents_is_small(tiny):
+def test_a_page_of_many_latents_is_small(evaluated):
     """Four coders of a hundred latents, in rows of long words: under 4 MB."""
     n, width = 40_000, 256
     tokens = torch.randint(500, (160, width), generator=torch.Generator().manual_seed(0))
-    where = torch.arange(n)
-    places = torch.randperm(n, generator=torch.Generator().manual_seed(0)).view(400, 100)
+    places = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     latent = torch.arange(400).repeat_interleave(100)
-    active = evaluation.ActiveTokens([(places.flatten(), latent, torch.rand(n) + 1)], 400, n)
+    active = evaluation.ActiveTokens([(places, latent, torch.rand(n) + 1)], 400, n)
     scores = dict.fromkeys(evaluation.SCORES, 0.5)
     judged = [{"latent": j} | scores for j in range(400)]
-    report = {"run": {"model": "a/model", "hookpoint": "h.1.mlp", "dataset": "d", "subset": None}}
-    report["run"] |= {"evaluated_on": "d", "evaluated_subset": "s", "baselines_k": 4}
-    report |= {"tokens": n, "outliers": {"tokens": 0, "variance": 0}, "coders": {}}
-    report |= {"baselines": {"affine": {"fvu": 1.0}}}
-    report |= dict.fromkeys(["clean_ce", "mean_ablated_ce", "zero_ablated_ce"], 1.0)
     shown = dict.fromkeys([*ARCHS, "neurons"], (active, judged))
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    page = evaluation.page(report, tokens, where, shown, tokenizer)
+    report, tokenizer = evaluated.report, evaluated.made_of[-1]
+    page = evaluation.page(report, tokens, torch.arange(n), shown, tokenizer)
     check_page(page)
     assert page.count("<article>") == 4 * 100 and "100 of 400 latents" in page
