@@ -74,11 +74,6 @@ def test_flags(train_fails, flag, value, says):
     assert f"--{flag}" in line and says in line
 
 
-def test_a_missing_flag():
-    line = "error: the following arguments are required: --layer"
-    assert run_here(skipcoder) == line
-
-
 def test_a_batch_that_cannot_be_divided_between_processes(train_fails, monkeypatch):
     """It would be of another size than what was asked for."""
     monkeypatch.setattr(skipcoder, "WORLD", 3)

@@ -450,6 +450,16 @@ def test_untrained_coders(by_hand, name, arch):
     assert differ.sum() <= 10  # ties may fall either way
 
 
+def test_rows_of_different_lengths():
+    """A row counts by its number of tokens, in the mean and in its error."""
+    generator = torch.Generator().manual_seed(0)
+    counted = torch.rand(400, 30, generator=generator) < torch.rand(400, 1, generator=generator)
+    values = torch.randn(400, 30, generator=generator) + torch.randn(400, 1, generator=generator)
+    sums, numbers = (values * counted).double().sum(1), counted.double().sum(1)
+    expected = mean_and_error(values.double(), counted)
+    assert evaluation.mean_over_rows(sums, numbers) == pytest.approx(expected, rel=0.01)
+
+
 def test_logits_of_an_lm_in_bfloat16_are_float32(tiny, device):
     """In bfloat16 they have steps of up to 0.1 nats. A bias of the head counts, too."""
     lm = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
@@ -708,7 +718,7 @@ def test_a_row_summarises_its_latents():
     assert only["latent"] in eligible and row["latents_scored"] == 1
     assert row["intruder"] is row["intruder_se"] is row["intruder_sd"] is None
     chosen = [score_of(planes, 5)[1] for planes in (fires.repeat(1, 6), fires.repeat(1, 6))]
-    assert [s["latent"] for s in chosen[0]] == [s["latent"] for s in chosen[1]] != [0, 1, 2, 3, 4]
+    assert [s["latent"] for s in chosen[0]] == [s["latent"] for s in chosen[1]] != eligible[:5]
 
 
 # ---- Coders of several sizes, and of others -------------------------------------------------
