@@ -1,8 +1,8 @@
 """The GPU path where there is no GPU: a pretended device that refuses what a GPU would refuse.
 
 A tensor on it wraps a CPU tensor and claims to be on torch's device "meta". As between CPU and GPU,
-an operation on tensors of both places fails (scalars may mix). As on Apple's MPS, no tensor on it is
-float64. A value that Python reads off the device is waited for, which is counted.
+an operation on tensors of both places fails (scalars may mix). As on Apple's MPS, none is float64.
+A value that Python reads off the device is waited for, which is counted.
 """
 
 import contextlib

@@ -277,7 +277,7 @@ def variance(a) -> float:
 
 
 def spies(patch):
-    """Keep how read_held_out and Contexts are called, and the Sample that an evaluation collects."""
+    """Keep how read_held_out and Contexts are called, and the Sample that is collected."""
     read, contexts = evaluation.read_held_out, evaluation.Contexts
     read, contexts = mock.Mock(wraps=read), mock.Mock(wraps=contexts)
     patch.setattr(evaluation, "read_held_out", read)
