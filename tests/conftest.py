@@ -1,12 +1,16 @@
 """What the tests share: a tiny trained GPT-2 with its text, and ways to run the scripts."""
 
+import contextlib
+import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -19,7 +23,9 @@ ALONE = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import demo
 import torch
+import transformers
 
+import eval as evaluation
 import skipcoder
 
 torch.set_num_threads(1)  # the tensors are tiny: threads would wait more than they work
@@ -46,6 +52,34 @@ def trained(tiny, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
     assert run_here(skipcoder, *flags(tiny, out, "--tokens", 30_000, "--device", "cpu")) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def evaluated(trained, tmp_path_factory):
+    """An evaluation of `trained`: what it prints and writes, and what the page is made of."""
+    folder = tmp_path_factory.mktemp("eval")
+    flags = f"--tokens 15000 --latents 40 --json {folder}/e.json --html {folder}/e.html"
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+    page = mock.patch.object(evaluation, "page", wraps=evaluation.page)
+    with page as made, contextlib.redirect_stdout(out):
+        assert run_here(evaluation, trained, "--device=cpu", *flags.split()) == 0
+    stdout, page = out.buffer.getvalue().decode(), (folder / "e.html").read_text("utf-8")
+    report = read_json(folder / "e.json")
+    return SimpleNamespace(stdout=stdout, report=report, page=page, made_of=made.call_args[0])
+
+
+@pytest.fixture
+def broken_model(tiny, tmp_path):
+    """A function that writes the tiny LM with one number of its weights replaced."""
+
+    def broken_model(name, value, at=5):
+        lm = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+        lm.get_parameter(name).data.view(-1)[at] = value
+        folder = shutil.copytree(tiny, tmp_path / "broken")
+        lm.save_pretrained(folder)
+        return folder
+
+    return broken_model
 
 
 def run(*command, cwd=ROOT, **env) -> subprocess.CompletedProcess:
@@ -89,6 +123,12 @@ def flags(tiny, out, *more) -> list[str]:
 
 def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def contents(folder) -> dict:
+    """Return the content of all files but the log, which is opened as training begins."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: path.read_bytes() for path in files if path.name != "log.jsonl"}
 
 
 def change_json(path, remove=(), **changes):

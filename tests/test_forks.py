@@ -34,16 +34,19 @@ def copies(tmp_path):
 
 @pytest.fixture
 def load(copies, monkeypatch):
-    """A function that imports both copies in the place of the scripts, and returns them."""
+    """A function that imports both copies, or a fork of them, in the place of the scripts."""
 
-    def load():
+    def load(fork=None):
+        if fork is not None:  # as README does it, with copies that are in no other repository
+            alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(copies.parent)}
+            patch = ROOT / f"tests/forks/{fork}.diff"
+            subprocess.run(["git", "apply", patch], cwd=copies, env=alone, check=True)
         modules = []
         for path in [copies / name for name in SCRIPTS]:
             spec = importlib.util.spec_from_file_location(path.stem, path)
-            module = importlib.util.module_from_spec(spec)
-            monkeypatch.setitem(sys.modules, path.stem, module)
-            spec.loader.exec_module(module)
-            modules.append(module)
+            modules.append(importlib.util.module_from_spec(spec))
+            monkeypatch.setitem(sys.modules, path.stem, modules[-1])
+            spec.loader.exec_module(modules[-1])
         modules[0].fast_bfloat16 = lambda device: False
         return modules
 
@@ -53,19 +56,17 @@ def load(copies, monkeypatch):
 # ---- The forks of README --------------------------------------------------------------------
 
 
-def apply(name: str, copies):
-    """As the README does it."""
-    patch = f"tests/forks/{name}.diff"
-    # The copies may lie in a folder of some other repository.
-    alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(copies.parent)}
-    subprocess.run(["git", "apply", ROOT / patch], cwd=copies, env=alone, check=True)
+@pytest.fixture
+def fork(load, tiny, tmp_path):
+    """A function that trains and evaluates a fork."""
+    return lambda name, *more: Forked(*load(name), tiny, tmp_path / "run", *more)
 
 
 def test_each_fork_is_in_readme_and_tested():
     forks = {path.stem for path in (ROOT / "tests/forks").iterdir()}
     section = README.split("## Fork it")[1].split("\n## ")[0]
     in_readme = set(re.findall(r"^\| `(\w+)`", section, re.MULTILINE))
-    tested = set(re.findall(r'apply\("(\w+)"', Path(__file__).read_text(encoding="utf-8")))
+    tested = set(re.findall(r' fork\("(\w+)"', Path(__file__).read_text(encoding="utf-8")))
     tested |= set(PENALISED)
     assert forks == in_readme == tested
     assert re.search(r"git apply tests/forks/\w+\.diff", section)
@@ -74,15 +75,15 @@ def test_each_fork_is_in_readme_and_tested():
 class Forked:
     """A fork that was trained and evaluated."""
 
-    def __init__(self, load, tiny, out, *more):
-        self.out, (self.skipcoder, self.evaluation) = out, load()
+    def __init__(self, skipcoder, evaluation, tiny, out, *more):
+        self.skipcoder, self.tiny, self.out = skipcoder, tiny, out
         args = flags(tiny, out, "--tokens", 15_000, "--device", "cpu", *more)
-        assert run_here(self.skipcoder, *args) == 0
+        assert run_here(skipcoder, *args) == 0
         files = f"--json {out}/e.json --html {out}/e.html"
         sizes = "--tokens 4000 --latents 20 --device cpu"
-        assert run_here(self.evaluation, out, *sizes.split(), *files.split()) == 0
+        assert run_here(evaluation, out, *sizes.split(), *files.split()) == 0
         self.report = read_json(out / "e.json")
-        self.coders = self.skipcoder.load_run(out)[1]
+        self.coders = skipcoder.load_run(out)[1]
 
     def cfg(self, name) -> dict:
         return read_json(self.out / name / FOLDER / "cfg.json")
@@ -95,9 +96,9 @@ class Forked:
             assert 0 < row["fvu"] < 0.9 and row["latents_scored"] > 2
             assert self.cfg(name)["activation"] == activation
 
-    def active(self, name, tiny) -> torch.Tensor:
+    def active(self, name) -> torch.Tensor:
         """Return the number of active latents of each token of some text: [N]."""
-        lm = self.skipcoder.load_lm(str(tiny), torch.device("cpu"))
+        lm = self.skipcoder.load_lm(str(self.tiny), torch.device("cpu"))
         mlp = self.skipcoder.find_mlp(lm, 1)[2]
         tokens = torch.randint(500, (8, 32), generator=torch.Generator().manual_seed(0))
         x, y = self.skipcoder.MLPActivations(lm, mlp)(tokens)
@@ -105,10 +106,9 @@ class Forked:
         return (acts > 0).sum(1)
 
 
-def test_a_fourth_architecture(copies, load, tiny, tmp_path):
+def test_a_fourth_architecture(fork):
     """An autoencoder whose W_dec is as free as a transcoder's."""
-    apply("fourth_architecture", copies)
-    forked = Forked(load, tiny, tmp_path / "run", "--tokens", 30_000)
+    forked = fork("fourth_architecture", "--tokens", 30_000)
     forked.assert_trained("topk", [*ARCHS, "free_sae"])
     cfg = forked.cfg("free_sae")
     assert cfg["arch"] == "free_sae" and not cfg["transcode"] and not cfg["normalize_decoder"]
@@ -123,34 +123,31 @@ PENALISED = {"relu_l1": "relu", "jumprelu": "jumprelu", "gated": "gated"}  # its
 LEARNED = {"relu_l1": (), "jumprelu": ("threshold",), "gated": ("log_scale", "b_magnitude")}
 
 
-@pytest.mark.parametrize("fork", PENALISED)
-def test_a_penalty(copies, load, tiny, tmp_path, fork):
+@pytest.mark.parametrize("name", PENALISED)
+def test_a_penalty(fork, name):
     """Its weight adapts until k latents are active on average, whatever the architecture."""
-    apply(fork, copies)
     # (Small steps, so that there are enough of them: 480.)
-    small = "--batch-size", 2, "--tokens", 30_000, "--lr", 0.002
-    forked = Forked(load, tiny, tmp_path / "run", *small)
-    forked.assert_trained(PENALISED[fork])
-    for name, coder in forked.coders.items():
-        assert 2.5 < forked.report["coders"][name]["l0"] < 6.5
-        active = forked.active(name, tiny)
+    forked = fork(name, "--batch-size", 2, "--tokens", 30_000, "--lr", 0.002)
+    forked.assert_trained(PENALISED[name])
+    for arch, coder in forked.coders.items():
+        assert 2.5 < forked.report["coders"][arch]["l0"] < 6.5
+        active = forked.active(arch)
         assert active.unique().numel() > 5 and active.max() > 4, "no TopK of each token"
-        for parameter in LEARNED[fork]:
+        for parameter in LEARNED[name]:
             values = getattr(coder, parameter)
             assert values.shape == (256,) and values.abs().max() > 1e-3, "it has learned"
     # The scripts as they are refuse it.
     message = run_here(evaluation, forked.out)
-    assert message.startswith("error: RUN ") and f"activation {PENALISED[fork]} " in message
+    assert message.startswith("error: RUN ") and f"activation {PENALISED[name]} " in message
 
 
-@pytest.mark.parametrize("fork", ["relu_l1", "gated"])
-def test_the_loss_with_a_penalty(copies, load, fork):
+@pytest.mark.parametrize("penalty", ["relu_l1", "gated"])
+def test_the_loss_with_a_penalty(load, penalty):
     """Against autograd in float64. Acts count by the length of what they add to y_hat.
 
     In gated, gradients of a second prediction, whose decoder is fixed, reach the gate alone.
     """
-    apply(fork, copies)
-    module, _ = load()
+    module, _ = load(penalty)
     x, y = torch.randn(2, 50, 8)
     coder = module.Coder("skip_transcoder", 8, 32, 4)
     trainer = module.Trainer(coder, x, y, 0.0)
@@ -166,7 +163,7 @@ def test_the_loss_with_a_penalty(copies, load, fork):
     rest = p["b_dec"] + x @ p["W_skip"].T
     penalised, W_dec = pre.relu(), p["W_dec"]
     errors = 0
-    if fork == "relu_l1":
+    if penalty == "relu_l1":
         z = penalised
     else:
         z = ((pre - p["b_enc"]) * p["log_scale"].exp() + p["b_magnitude"]).relu() * (pre > 0)
@@ -188,9 +185,8 @@ def test_the_loss_with_a_penalty(copies, load, fork):
 # ---- Others
 
 
-def test_a_frozen_encoder(copies, load, tiny, tmp_path, monkeypatch):
-    apply("frozen_encoder", copies)
-    forked = Forked(load, tiny, tmp_path / "run", "--tokens", 40_000)
+def test_a_frozen_encoder(fork, monkeypatch):
+    forked = fork("frozen_encoder", "--tokens", 40_000)
     forked.assert_trained("topk")
     for coder in forked.coders.values():
         start = forked.skipcoder.Coder(coder.arch, 32, 256, 4)
@@ -207,12 +203,11 @@ def test_a_frozen_encoder(copies, load, tiny, tmp_path, monkeypatch):
     assert summed == [(32,), (32, 8), (8,)]
 
 
-def test_batchtopk(copies, load, tiny, tmp_path):
-    apply("batchtopk", copies)
-    forked = Forked(load, tiny, tmp_path / "run")
+def test_batchtopk(fork):
+    forked = fork("batchtopk")
     forked.assert_trained("batchtopk")
     for name in ARCHS:
-        active = forked.active(name, tiny).double()
+        active = forked.active(name).double()
         assert active.mean() <= 4.01 and active.max() > 4 and active.min() < 4
         assert 2 < forked.report["coders"][name]["l0"] <= 4.01
     # With few latents a token may have all of them, not 4 k.
@@ -221,10 +216,9 @@ def test_batchtopk(copies, load, tiny, tmp_path):
     assert acts.shape == (50, 16)
 
 
-def test_an_sae_on_the_input(copies, load, tiny, tmp_path):
+def test_an_sae_on_the_input(fork):
     """The affine map is then perfect, as y is x."""
-    apply("sae_on_x", copies)
-    forked = Forked(load, tiny, tmp_path / "run", "--arch", "sae")
+    forked = fork("sae_on_x", "--arch", "sae")
     assert 0 < forked.report["coders"]["sae"]["fvu"] < 0.9
     assert forked.report["baselines"]["affine"]["fvu"] < 1e-3
 

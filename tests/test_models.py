@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from torch.testing import assert_close
 
@@ -12,49 +11,26 @@ from skipcoder import MLPActivations, find_mlp
 
 VOCABULARY, WIDTH = 64, 16
 GPT2_SIZES = {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": 3, "n_head": 2}
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": WIDTH,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-}
+BASE = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 3}
+FALCON_SIZES = BASE | {"num_attention_heads": 2}
+SIZES = FALCON_SIZES | {"intermediate_size": 24}
 GEMMA_SIZES = SIZES | {"num_key_value_heads": 1, "head_dim": 8}
-FALCON_SIZES = {key: value for key, value in SIZES.items() if key != "intermediate_size"}
-VISION_SIZES = {
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-}
+VISION_SIZES = SIZES | {"hidden_size": 8, "image_size": 8, "patch_size": 4}
 GEMMA3_SIZES = {"text_config": GEMMA_SIZES, "vision_config": VISION_SIZES}
 
 
-FAMILIES = {  # the class of the configuration with what it takes, and the hookpoint of block 1
-    "gpt2": (transformers.GPT2Config, GPT2_SIZES, "h.1.mlp"),
-    # The heads of these two have a bias.
-    "gptj": (transformers.GPTJConfig, GPT2_SIZES | {"rotary_dim": 4}, "h.1.mlp"),
-    "phi": (transformers.PhiConfig, SIZES | {"partial_rotary_factor": 0.5}, "layers.1.mlp"),
-    "neox": (transformers.GPTNeoXConfig, SIZES, "layers.1.mlp"),
-    "llama": (transformers.LlamaConfig, SIZES | {"num_key_value_heads": 2}, "layers.1.mlp"),
+FAMILIES = {  # the configuration of a tiny LM, and the hookpoint of block 1
+    "gpt2": (transformers.GPT2Config(**GPT2_SIZES), "h.1.mlp"),
+    # Its head has a bias.
+    "gptj": (transformers.GPTJConfig(**GPT2_SIZES, rotary_dim=4), "h.1.mlp"),
+    "llama": (transformers.LlamaConfig(**SIZES, num_key_value_heads=2), "layers.1.mlp"),
     # Its logits are capped after the head.
-    "gemma2": (transformers.Gemma2Config, GEMMA_SIZES, "layers.1.mlp"),
+    "gemma2": (transformers.Gemma2Config(**GEMMA_SIZES), "layers.1.mlp"),
     # Its block adds to y in place.
-    "falcon": (transformers.FalconConfig, FALCON_SIZES, "h.1.mlp"),
+    "falcon": (transformers.FalconConfig(**FALCON_SIZES), "h.1.mlp"),
     # Its first list of blocks is the vision tower's.
-    "gemma3": (transformers.Gemma3Config, GEMMA3_SIZES, "language_model.layers.1.mlp"),
+    "gemma3": (transformers.Gemma3Config(**GEMMA3_SIZES), "language_model.layers.1.mlp"),
 }
-
-
-def new_config(family: str):
-    """Return the configuration of a tiny LM."""
-    kind, sizes, _ = FAMILIES[family]
-    return kind(**sizes)
-
-
-EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 
 def new_lm(config):
@@ -85,68 +61,47 @@ def run_plainly(lm, tokens, y_hat=None):
     return log_p, *seen
 
 
-@EVERY_FAMILY
-def test_activations(family, tmp_path, device):
+LAST_LAYERS = "c_proj", "fc_out", "down_proj", "dense_4h_to_h"  # of an MLP: GPT-J has fc_out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config, hookpoint", FAMILIES.values(), ids=FAMILIES)
+def test_activations_and_the_patched_lm(config, hookpoint, tmp_path, device):
     """x and y are what the MLP of the whole LM reads and writes, without position 0.
 
-    Later blocks and the head never run.
+    The patched LM's log p, clean and with y_hat in the MLP's place, are the LM's own.
     """
-    new_lm(new_config(family)).save_pretrained(tmp_path)
-    tokens = random_tokens(device)
-    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    _, x, y = run_plainly(whole.eval().to(device), tokens)
+    new_lm(config).save_pretrained(tmp_path)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval().to(device)
+    tokens, y_hat = random_tokens(device), torch.randn(3, 12, WIDTH, device=device)
+    clean, x, y = run_plainly(whole, tokens)
+    with_y_hat, _, _ = run_plainly(whole, tokens, y_hat)
+    assert (clean - with_y_hat).abs().max() > 0.01, "the patch has to matter"
 
     lm = skipcoder.load_lm(str(tmp_path), device)
-    hookpoint, blocks, mlp = find_mlp(lm, 1)
-    assert hookpoint == FAMILIES[family][2]
-    ran = []
-    for module in (blocks[2], lm.get_output_embeddings()):
-        module.register_forward_hook(lambda module, *_: ran.append(module))
+    found, blocks, mlp = find_mlp(lm, 1)
+    assert found == hookpoint
     del blocks[2:]
+    lm.get_output_embeddings().register_forward_hook(lambda *_: pytest.fail("the head ran"))
     ours = MLPActivations(lm, mlp, max_norm=1e9)(tokens)
-    assert not ran
     for a, expected in zip(ours, (x, y)):
         assert a.shape == (3 * 11, WIDTH)
         assert_close(a, expected[:, 1:].reshape(-1, WIDTH))
 
-
-@EVERY_FAMILY
-def test_the_patched_lm(family, device):
-    """Its log p, clean and with y_hat in the MLP's place, are the LM's own."""
-    lm = new_lm(new_config(family)).to(device)
-    tokens, y_hat = random_tokens(device), torch.randn(3, 12, WIDTH, device=device)
-    clean, x, y = run_plainly(lm, tokens)
-    with_y_hat, _, _ = run_plainly(lm, tokens, y_hat)
-    assert (clean - with_y_hat).abs().max() > 0.01, "the patch has to matter"
-
-    patched = evaluation.PatchedLM(lm, 1)
+    patched = evaluation.PatchedLM(whole, 1)
     given = y_hat.clone()
     assert_close(patched(tokens, given), with_y_hat[:, 1:-1], atol=1e-4, rtol=1e-4)
     assert torch.equal(given, y_hat), "a block may not change what it is given"
     assert_close(patched(tokens), clean[:, 1:-1], atol=1e-4, rtol=1e-4)
     assert_close(patched.x, x)
     assert_close(patched.y, y)
+    mlp = find_mlp(whole, 1)[2]
+    (last,) = [getattr(mlp, name) for name in LAST_LAYERS if hasattr(mlp, name)]
+    assert_close(last(patched.neurons), y)  # the neurons are what it reads
     some = patched(tokens, given, slice(3, 7))
     assert_close(some, with_y_hat[:, 3:7], atol=1e-4, rtol=1e-4)
     assert patched(tokens, positions=slice(0)).shape == (3, 0, VOCABULARY)
     assert_close(patched.y, y)
-
-
-def test_neurons_are_what_the_last_linear_layer_reads(device):
-    """In Llama that is down_proj, in GPT-2 c_proj."""
-    tokens = random_tokens(device)
-    for family in ("llama", "gpt2"):
-        lm = new_lm(new_config(family)).to(device)
-        patched = evaluation.PatchedLM(lm, 1)
-        patched(tokens)
-        mlp = find_mlp(lm, 1)[2]
-        with torch.no_grad():
-            if family == "llama":
-                gate = F.silu(mlp.gate_proj(patched.x))
-                neurons = gate * mlp.up_proj(patched.x)
-            else:
-                neurons = F.gelu(mlp.c_fc(patched.x), approximate="tanh")
-        assert_close(patched.neurons, neurons, atol=1e-5, rtol=1e-4)
 
 
 # ---- Outliers -------------------------------------------------------------------------------
@@ -199,8 +154,7 @@ def test_what_is_not_finite_is_no_outlier(tiny, device):
 
 
 MOE_SIZES = SIZES | {"num_key_value_heads": 2, "num_local_experts": 2}
-JETMOE_SIZES = SIZES | {"num_key_value_heads": 1, "kv_channels": 8, "num_local_experts": 2}
-del JETMOE_SIZES["num_attention_heads"]
+JETMOE_SIZES = BASE | {"num_key_value_heads": 1, "kv_channels": 8, "num_local_experts": 2}
 BLOOM_SIZES = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "n_layer": 2, "n_head": 2}
 
 
@@ -214,32 +168,16 @@ def pass_by(lm):
     lm.transformer.h[1].forward = lambda hidden, *args, **more: hidden
 
 
-REFUSED = {  # a configuration, what is done to the LM, and how the line begins with which training ends
-    "experts": (
-        transformers.MixtralConfig(**MOE_SIZES),
-        None,
-        "--layer 1: MixtralDecoderLayer has no dense .mlp",
-    ),
-    "experts named mlp": (
-        transformers.JetMoeConfig(**JETMOE_SIZES),
-        None,
-        "--layer 1: JetMoeDecoderLayer has no dense .mlp",
-    ),
-    "adds the residual": (
-        transformers.BloomConfig(**BLOOM_SIZES),
-        None,
-        "--model: BloomMLP does not map one tensor to another",
-    ),
-    "runs twice": (
-        transformers.GPT2Config(**GPT2_SIZES),
-        loop,
-        "--model: GPT2MLP runs more than once",
-    ),
-    "does not run": (
-        transformers.GPT2Config(**GPT2_SIZES),
-        pass_by,
-        "--model: the MLP of this layer does not run on text",
-    ),
+GPT2 = transformers.GPT2Config(**GPT2_SIZES)
+MIXTRAL = transformers.MixtralConfig(**MOE_SIZES)
+JETMOE = transformers.JetMoeConfig(**JETMOE_SIZES)
+BLOOM = transformers.BloomConfig(**BLOOM_SIZES)
+REFUSED = {  # a configuration, what is done to the LM, and how training ends
+    "experts": (MIXTRAL, None, "--layer 1: MixtralDecoderLayer has no dense .mlp"),
+    "experts named mlp": (JETMOE, None, "--layer 1: JetMoeDecoderLayer has no dense .mlp"),
+    "adds the residual": (BLOOM, None, "--model: BloomMLP does not map one tensor to another"),
+    "runs twice": (GPT2, loop, "--model: GPT2MLP runs more than once"),
+    "does not run": (GPT2, pass_by, "--model: the MLP of this layer does not run on text"),
 }
 
 
