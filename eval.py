@@ -317,10 +317,11 @@ def read_held_out(patched, batches, coders, untrained, baselines, k, max_norm):
         for name, y_hat in y_hats.items():
             outputs[name] = y_rows.clone()
             outputs[name][counted] = y_hat[inlier]
-        for part in torch.arange(len(tokens)).split(rows_at_once):
+        for first in range(0, len(tokens), rows_at_once):
+            part = slice(first, first + rows_at_once)
             predicted = counted[part, 1:-1].cpu()
             sample.num_predictions.append(predicted.sum(1))
-            log_p = patched(tokens[part])  # [rows of this part, T - 2, vocabulary]
+            log_p = patched(tokens[part])  # [rows of part, T - 2, vocabulary]
             p = log_p.exp()
             for name, output in outputs.items():
                 log_q = log_p if output is None else patched(tokens[part], output[part])

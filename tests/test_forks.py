@@ -229,7 +229,7 @@ BUGS = {  # script, a line, what stands there instead, and the error
     "Coder": ("skipcoder.py", "return top.relu(), indices", "return top.rellu()", AttributeError),
     "Trainer.step": ("skipcoder.py", "loss = squared_error /", "loss = {}['x'] /", KeyError),
     "MLPActivations": ("skipcoder.py", "norm = y.norm(dim=1)", "norm = int('x')", ValueError),
-    "train": ("skipcoder.py", "bar.update(done - bar.n)", "open('no such file')", OSError),
+    "train": ("skipcoder.py", "bar.update(new)", "open('no such file')", OSError),
     "PatchedLM": ("eval.py", "self.neurons = args[0]", "self.neurons = args[7]", IndexError),
     "losses": ("eval.py", '"ce_increase": increase,', '"ce_increase": {}["x"],', KeyError),
 }
