@@ -618,10 +618,8 @@ def train(args):
         # Save what was trained, whatever ended the loop.
         for number in STOP:
             signal.signal(number, signal.SIG_IGN)
-        if hasattr(signal, "SIGCHLD"):
-            signal.signal(
-                signal.SIGCHLD, signal.SIG_DFL
-            )  # DataLoader's raises if a reader is killed
+        if hasattr(signal, "SIGCHLD"):  # DataLoader's handler raises if a reader is killed
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         bar.close()
         finite = all(p.isfinite().all() for coder in coders.values() for p in coder.parameters())
         if RANK == 0 and config["tokens_trained"] > 0 and finite:
