@@ -24,8 +24,8 @@ its last layer there, after the final norm, are alike.
                   are examples. Tell places of the second half at which it is active from those at
                   which it is silent. Score: the area under the ROC curve, .5 by chance
 
-In the JSON file, "intruder_token" and "detection_lookup" are the first and the last of them by a
-judge that sees the token alone.
+In the JSON file, "intruder_token" and "detection_lookup" are intruder and detection by a judge that
+sees the token alone.
 
 Baselines give these numbers a scale. FVU, CE and KL:
 
@@ -71,7 +71,7 @@ import skipcoder
 from skipcoder import Coder
 
 CE_TOKENS = 20_000  # CE and KL use only about so many tokens, as each coder needs a pass of the LM
-LOGITS = 2**26  # as many are computed at a time, 256 MB for each copy, or those of one row
+LOGITS = 2**26  # computed at a time (256 MB for each copy of them), but at least those of one row
 
 # ---- The LM, with and without something in the MLP's place ----------------------------------
 
@@ -119,7 +119,7 @@ class PatchedLM:
         """
         self.y_hat, self.positions = y_hat, positions
         log_p = self.lm(tokens, use_cache=False).logits.log_softmax(-1)
-        if not (self.hidden.sum() + log_p.sum()).isfinite():  # of a sum, as that is fastest
+        if not (self.hidden.sum() + log_p.sum()).isfinite():  # (faster than of each)
             sys.exit("error: --model: its hidden states or predictions are not finite")
         return log_p
 
@@ -252,9 +252,9 @@ class Sample:
         self.y = Moments()  # of places
         self.y_all = Moments()  # of places and outliers, to report how much outliers are
         self.errors = defaultdict(float)  # sum |y - y_hat|^2 over places
-        # Only of batches with predictions, and of a few rows at a time, [rows] each:
-        self.num_predictions = []  # those that count in each row
-        self.ce, self.kl = defaultdict(list), defaultdict(list)  # sums over these predictions
+        # Only from every n-th batch, from which CE and KL are taken. Items are [some rows].
+        self.num_predictions = []  # of each row: how many predictions count
+        self.ce, self.kl = defaultdict(list), defaultdict(list)  # of each row: the sums over them
 
 
 def active_entries(acts, indices, first_place):
@@ -404,8 +404,8 @@ def draw(places, number, generator):
 def intruder_trials(active, silent, generator):
     """Return trials [10, 5] of a latent: four places where it is active, and last the intruder.
 
-    (Paulo & Belrose 2025, arXiv 2507.08473.) `active` is sorted by act. Trial t draws from its
-    fifth t mod 5, of which 0 has the largest acts.
+    (Paulo & Belrose 2025, arXiv 2507.08473.) `active` is sorted by act, and cut into fifths. Trial
+    t draws from fifth number t mod 5. Number 0 has the largest acts.
     """
     fifths = (TRIALS // FIFTHS) * active.tensor_split(FIFTHS)  # a tuple with each fifth twice
     shown = torch.stack([draw(fifth, SHOWN, generator) for fifth in fifths])
@@ -451,7 +451,7 @@ def auroc(active, silent):
 
 
 def detect(active, silent, contexts, generator):
-    """Return how well a latent's places in half of the sample can be told from the other half's.
+    """Return how well examples from half of the sample tell active places in the other half.
 
     The counterpart of the paper's detection (section 3), with exemplars in place of an explanation:
     the ten strongest places of the first half. Places of the second half are ranked by their mean
@@ -459,10 +459,10 @@ def detect(active, silent, contexts, generator):
 
         detection         AUROC of the second half's active places against silent ones
         detection_lookup  AUROC if ranked by how often the latent was active on the place's word
-        detection_tpr     the share of active places found, in each fifth of acts, at the threshold
-                          that 5% of the silent places of the first half pass
-        detection_fpr     the share of silent places that rank above the median active one: false
-                          positives if half of the active places are to be found
+        detection_tpr     for each fifth of acts, the share of active places above a threshold. (5%
+                          of the silent places of the first half are above it.)
+        detection_fpr     the share of silent places that rank above the median active one, which
+                          is the false positive rate at a true positive rate of .5
 
     or None if a half has fewer than ten active places, or silent ones.
     """
@@ -616,7 +616,7 @@ def evaluate(config, coders, args):
         row = {"arch": coder.arch, "k": coder.k, "num_latents": len(count)}
         row |= {"l0": count.sum().item() / n, "dead": (count == 0).double().mean().item()}
         row |= losses(sample, name) | score_rows[name]
-        if not enough_training:  # it compares with the mean of y, which is rough then
+        if not enough_training:  # it compares with the mean of y, and few tokens make a rough one
             row["ce_recovered"] = None
         report["coders"][name] = row
     report["baselines"] = {
@@ -680,8 +680,8 @@ def remarks(report):
     )
     lines.append(
         "Lower is better for FVU (1: no better than the mean), CE increase and KL, higher for the"
-        " scores (by chance: intruder and one word .2, detection .5). ± is one standard error, of"
-        f" rows of text or of latents. Baselines of the scores have k {run['baselines_k']}."
+        " scores (by chance: intruder and one word .2, detection .5). ± is one standard error,"
+        f" over rows of text or over latents. Baselines of the scores have k {run['baselines_k']}."
     )
     by_token = {name: row["intruder_token"] for name, row in report["coders"].items()}
     told = ", ".join(f"{name} {short(x, 3)}" for name, x in by_token.items() if x is not None)

@@ -177,8 +177,8 @@ class Trainer:
         s_x, s_y = (a.var(0, correction=0).mean().sqrt().item() for a in (x, y))
         if not math.isfinite(s_x + s_y):
             sys.exit("error: --model: the MLP's input or output is not finite")
-        # A row of W_enc is a random direction of length 1 at first, so on average a pre-activation
-        # varies as much as one entry of what it reads.
+        # A row of W_enc is a random direction of length 1 at first. So the variance of a
+        # pre-activation is, on average, that of one entry of what it reads.
         s_z = s_x if coder.reads == "x" else s_y
         scale = {
             "W_enc": 1,  # maps what is read to pre-activations of the same size
@@ -201,8 +201,8 @@ class Trainer:
         with fast_matmuls(x.device):
             y_hat, _, _ = coder(x, y)
 
-        # 2. The loss is the FVU, with a fixed denominator: the variance of the first batch (which
-        #    `train` gives to all processes). So an error counts the same in every step and process.
+        # 2. The loss is the FVU, with a fixed denominator: the variance of the first batch, which
+        #    is the same batch in all processes. So an error counts the same in every step.
         squared_error = (y - y_hat).square().sum()
         loss = squared_error / self.variance
         self.optimizer.zero_grad()
@@ -217,8 +217,9 @@ class Trainer:
                     torch.distributed.all_reduce(parameter.grad)
 
         # 4. Update the parameters. The autoencoder's W_dec rows keep length 1, as is usual, so an
-        #    act is the length of what its latent writes. `normalize` would undo the radial part of
-        #    a step, so take it out of the gradient, or else it would fill Adam's averages.
+        #    act is the length of what its latent writes. The part of a gradient along its row only
+        #    changes the row's length, which `normalize` undoes. Remove that part, or else Adam's
+        #    averages would hold it.
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * lr_factor * group["scale"]
         if coder.unit_rows:
@@ -273,8 +274,8 @@ def exit_on_error(flag, hint, errors=LIBRARY_ERRORS):
     try:
         yield
     except errors as error:
-        # DataLoader puts the traceback of a reader process before the message: keep what follows
-        # the last "DataError: ".
+        # An error in a process that reads text comes with its traceback before the message: keep
+        # what follows the last "DataError: ".
         message = str(error).split("DataError: ")[-1] or type(error).__name__
         sys.exit(f"error: {flag}: {' '.join(message.split())} ({hint})")
 
@@ -371,7 +372,8 @@ def read_jsonl(file):
         try:
             if line.strip():
                 record = json.loads(line)
-                # Later documents may lack a text. If the first does, the file is of another kind.
+                # If the first line has no text, the file is of another kind: raise. Others may
+                # have none.
                 yield record["text"] if number == 1 else record.get("text")
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DataError(f"line {number} is not an object with a text: {line[:60]!r}") from None
@@ -489,8 +491,9 @@ def token_rows(sources, tokenizer, ctx_len, batch_size, held_out, seed):
         sources = random.Random(seed).sample(sources, len(sources))  # a shuffled copy
 
     # Divide the sources into groups, one for each reader of each process: 8 files make 4 groups for
-    # 2 processes of 2 readers. (A group is packed as one text, since a file may be shorter than a
-    # row. The number of readers is fixed, so that no run depends on the number of cores.)
+    # 2 processes of 2 readers, and 1 file makes 1 group, which both processes read. (A group is
+    # packed as one text, since a file may be shorter than a row. The number of readers is fixed, so
+    # that no run depends on the number of cores.)
     readers = max(1, min(READERS, len(sources) // WORLD))
     num_groups = min(readers * WORLD, len(sources))
     groups = [sources[i::num_groups] for i in range(num_groups)]
@@ -509,7 +512,7 @@ def token_rows(sources, tokenizer, ctx_len, batch_size, held_out, seed):
 
     epochs = count() if endless else [0]
     for epoch in epochs:
-        stream.set_epoch(epoch)  # shuffles anew, also in the readers, which go on running
+        stream.set_epoch(epoch)  # shuffles anew (`datasets` tells the readers, which go on running)
         num_rows = 0
         for batch in loader:
             num_rows += len(batch["tokens"])
@@ -597,8 +600,8 @@ def train(args):
                 trainer.step(x, y, lr_factor)
             config["tokens_trained"] += step_tokens
 
-            # Log the FVU since the last time, at LOG_LINES evenly spaced steps: those at which the
-            # rounded-down number of lines that are due rises.
+            # After so many steps, step * LOG_LINES // steps lines of the log are due. If no line
+            # has become due in this step, go on. Or else log the FVU since the last line.
             if step * LOG_LINES // steps == (step - 1) * LOG_LINES // steps:
                 continue
             fvu = {name: trainer.pop_fvu() for name, trainer in trainers.items()}
@@ -661,9 +664,9 @@ class TopKEncoder(torch.autograd.Function):
 
         # The gradient of row j of W_enc is a weighted sum of rows of `read`: those of the tokens
         # that use latent j. So we sort the N * k pairs (token, latent) by latent; those of latent j
-        # then start at first[j]: if M is 6 and `latent` [0, 0, 2, 5], it is [0, 2, 2, 3, 3, 3]. An
-        # embedding_bag sums rows of a table. Here the table is `read`, and bag j holds the tokens
-        # token[first[j] : first[j + 1]]. (The sum of an empty bag is zero.)
+        # then start at first[j]: if M is 6 and `latent` is [0, 0, 2, 5], then `first` is
+        # [0, 2, 2, 3, 3, 3]. An embedding_bag sums rows of a table. Here the table is `read`, and
+        # bag j holds the tokens token[first[j] : first[j + 1]]. (The sum of an empty bag is zero.)
         latent, order = indices.flatten().sort()
         first = torch.searchsorted(latent, torch.arange(len(W_enc), device=latent.device))  # [M]
         token = order // k  # pair i belongs to token i // k
@@ -686,7 +689,8 @@ STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if has
 def keep_freed_memory():
     """Make glibc, if it is there, keep freed memory in the process.
 
-    It would return it to the system, and to ask for it again takes a fifth of a step on a CPU.
+    By default it returns the memory to the system, and asking for it again takes a fifth of a step
+    on a CPU.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
