@@ -190,6 +190,20 @@ def test_an_lm_that_is_not_finite(trained, tmp_path, capsys, broken_model, name,
     assert not list(tmp_path.glob("e.*")) and "FVU" not in capsys.readouterr().out
 
 
+def test_an_mlp_that_training_refuses(trained, monkeypatch):
+    """Coders for it may come from another library."""
+    load_lm = skipcoder.load_lm
+
+    def load_loop(*args):
+        lm = load_lm(*args)
+        lm.transformer.h[0] = lm.transformer.h[1]  # runs twice for a token
+        return lm
+
+    monkeypatch.setattr(skipcoder, "load_lm", load_loop)
+    message = run_here(evaluation, trained, "--tokens", 2000, "--device", "cpu")
+    assert "runs more than once" in message
+
+
 def test_files_are_whole_or_not_there(trained, tmp_path, capsys, monkeypatch):
     """A folder that is missing is told before any work. The table comes before the files."""
     out = tmp_path / "e.json"
