@@ -119,7 +119,7 @@ class PatchedLM:
         """
         self.y_hat, self.positions = y_hat, positions
         log_p = self.lm(tokens, use_cache=False).logits.log_softmax(-1)
-        if not (self.hidden.sum() + log_p.sum()).isfinite():  # (faster than of each)
+        if not (self.hidden.sum() + log_p.sum()).isfinite():  # faster than a check of each
             sys.exit("error: --model: its hidden states or predictions are not finite")
         return log_p
 
@@ -572,7 +572,7 @@ def evaluate(config, coders, args):
         # Another seed than that of training, so that the directions are not those from which the
         # trained coders started. (A run of another library has no seed.)
         seed = config.get("seed", 0) + 1
-        untrained[name] = Coder(arch, d, M, k, seed).to(device).requires_grad_(False)
+        untrained[name] = Coder(arch, d, M, k, seed).to(device)
         # Set the biases as in training. A batch of one token will do, since only its mean is used.
         untrained[name].start(baselines.x_mean[None], baselines.y_mean[None])
 
